@@ -1,0 +1,47 @@
+"""The console script: `jhansi-run` and `python -m jhansi_runtime` start here."""
+
+import gc
+import os
+import sys
+from types import TracebackType
+from typing import NoReturn
+
+from jhansi_runtime.errors import JhansiError
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and end the process with its status."""
+    # A collection during the imports walks thousands of new objects and finds nothing, a dozen times; and a command
+    # is too short to make garbage worth finding later.
+    gc.disable()
+    sys.excepthook = _report_defect
+    _complete_stdio()
+    from jhansi_runtime.cli import run  # noqa: PLC0415 - with the collector off
+
+    status = run(sys.argv[1:])
+    # Everything is flushed and closed; taking the interpreter apart module by module would add 8 ms to each command.
+    os._exit(status)
+
+
+def _complete_stdio() -> None:
+    """Put /dev/null where stdin, stdout or stderr was closed, lest a file that is opened later become our stdout."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr, the last of the three
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    # Python has None for a stream that was closed, and print(file=None) means stdout.
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - for the whole run
+
+
+def _report_defect(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A defect of ours: the traceback, the error line, and a status that is not taken for a program's own 1."""
+    if kind is KeyboardInterrupt:  # while still importing
+        os._exit(128 + 2)
+    sys.__excepthook__(kind, error, traceback)
+    print(f"jhansi-run: error: a defect of jhansi-runtime ({kind.__name__}), please report it", file=sys.stderr)
+    os._exit(JhansiError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One exec: a slot, its order, its streams, its clock, and what became of it.
+
+Everything that can end an exec early meets in one poll loop: the job's own end, the wall clock, the output limit, a
+signal to the caller. Whichever comes first is the reason; the slot is then killed as a whole, and what the job had
+written until then is still passed on.
+"""
+
+import math
+import os
+import select
+import signal
+import time
+from hashlib import sha256
+from typing import Literal, NamedTuple
+
+from jhansi_runtime.engine.pump import Output
+from jhansi_runtime.engine.slot import Slot, step_failed
+from jhansi_runtime.engine.wiring import Streams, Wiring
+from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation.channel import Failure, Order, Outcome
+from jhansi_runtime.isolation.job import EXECVE
+
+__all__ = ["Ended", "execute"]
+
+_GRACE_SECONDS = 2.0
+_ENDED_WITHIN_SECONDS = 1.0
+_ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+_PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+_EVERY_POLL_MS = 3_600_000
+
+
+Reason = Literal["timed_out", "output_limit", "cancelled"]
+
+
+class Written(NamedTuple):
+    """What came out of one stream: its size in bytes, SHA-256 in hexadecimal, whether more was cut off, what was kept."""
+
+    size: int
+    sha256: str
+    truncated: bool
+    captured: bytes
+
+
+class Ended(NamedTuple):
+    """How an exec ended: reason says why early, if it was; failure, why the program could not be started."""
+
+    outcome: Outcome | None
+    failure: Failure | None
+    reason: Reason | None
+    stdout: Written
+    stderr: Written
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout: float, output_bytes: int) -> Ended:
+    """Run one order in a slot and close the slot. `stdin` is fed when streams.stdin is None; timeout is in seconds.
+
+    HostError when a step of isolation fails: nothing was run. OSError when the host's own streams cannot be used.
+    """
+    with slot, Wiring(streams, stdin) as wiring:
+        size = wiring.size
+        slot.start(order._replace(terminal=size, on_terminal=wiring.on_terminal), wiring.passed)
+        wiring.passed_on()
+        run = _Run(slot, wiring, streams.control, timeout, output_bytes)
+        run.until_ended()
+        reaped = slot.close()
+        outcome = run.outcome
+        return Ended(
+            outcome=outcome,
+            failure=run.failure,
+            reason=run.reason,
+            stdout=_written(wiring.stdout),
+            stderr=_written(wiring.stderr),
+            wall_seconds=run.wall_seconds,
+            cpu_seconds=max(0.0, reaped.cpu_seconds - (outcome.init_seconds if outcome else 0.0)),
+            peak_bytes=outcome.peak_bytes if outcome else reaped.peak_bytes,
+        )
+
+
+class _Run:
+    """The poll loop and what it has learnt. The slot is alive until init's end of the channel is closed."""
+
+    def __init__(self, slot: Slot, wiring: Wiring, control: int | None, timeout: float, output_bytes: int) -> None:
+        self.outcome: Outcome | None = None
+        self.failure: Failure | None = None
+        self.reason: Reason | None = None
+        self.wall_seconds = 0.0
+        self._slot = slot
+        self._wiring = wiring
+        self._control = control
+        self._output_bytes = output_bytes
+        self._began = time.monotonic()
+        self._deadline = self._began + timeout
+        self._cancelling = False
+        self._alive = True
+
+    def until_ended(self) -> None:
+        """Move bytes, watch the clock and pass signals on, until the slot has ended and its output is delivered."""
+        while self._alive or any(output.interest() for output in self._wiring.outputs):
+            ready = self._poll()
+            if self._alive and self._slot.channel in ready:
+                self._hear()
+            if self._control in ready:
+                self._obey()
+            self._move(ready)
+            if self._alive and time.monotonic() >= self._deadline:
+                self._expire()
+
+    def _poll(self) -> set[int]:
+        poll = select.poll()
+        if self._alive:
+            poll.register(self._slot.channel, select.POLLIN)
+        if self._control is not None:
+            poll.register(self._control, select.POLLIN)
+        interests = [output.interest() for output in self._wiring.outputs]
+        if self._alive and self._wiring.input is not None:
+            interests.append(self._wiring.input.interest())
+        for interest in interests:
+            if interest is not None:
+                poll.register(*interest)
+        timeout_ms = _EVERY_POLL_MS
+        if self._alive:
+            remaining_ms = max(0.0, self._deadline - time.monotonic()) * 1000
+            timeout_ms = int(min(timeout_ms, remaining_ms + 1))
+        return {descriptor for descriptor, _ in poll.poll(timeout_ms)}
+
+    def _move(self, ready: set[int]) -> None:
+        for output in self._wiring.outputs:
+            interest = output.interest()
+            if interest is None or interest[0] not in ready:
+                continue
+            allowance = self._output_bytes - sum(other.count for other in self._wiring.outputs)
+            if not output.advance(allowance):
+                self._end("output_limit")
+        if self._wiring.input is not None:
+            interest = self._wiring.input.interest()
+            if interest is not None and interest[0] in ready:
+                self._wiring.input.advance()
+
+    def _hear(self) -> None:
+        message = self._slot.receive()
+        if isinstance(message, int):
+            self._wiring.connect_terminal(message)
+        elif message is None:
+            self._gone()
+        else:
+            self.wall_seconds = time.monotonic() - self._began
+            if isinstance(message, Outcome):
+                self.outcome = message
+                if self._cancelling and os.WIFSIGNALED(message.wait_status):
+                    self.reason = self.reason or "cancelled"
+            elif message.step == EXECVE:
+                self.failure = message
+            else:
+                raise step_failed(message)
+
+    def _gone(self) -> None:
+        self._alive = False
+        if self.outcome is None and self.failure is None:
+            if self.reason is None:
+                raise HostError("init ended without saying how the job did")
+            self.wall_seconds = time.monotonic() - self._began
+
+    def _obey(self) -> None:
+        assert self._control is not None  # noqa: S101 - it was polled
+        for number in os.read(self._control, 64):
+            if number == signal.SIGWINCH:
+                self._wiring.resize()
+            elif number in _PASSED_ON and self._alive:
+                self._slot.signal(number)
+            elif number in _ENDING:
+                self._cancel(number)
+
+    def _cancel(self, number: int) -> None:
+        """First ask, with the signal itself; a second signal, or the end of the grace, does not ask."""
+        if not self._alive:
+            for output in self._wiring.outputs:
+                output.abandon()
+        elif self._cancelling:
+            self._end("cancelled")
+        else:
+            self._cancelling = True
+            self._slot.signal(number)
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+
+    def _expire(self) -> None:
+        if self.reason is None:
+            self._end("cancelled" if self._cancelling else "timed_out")
+        else:
+            self._slot.kill()
+            self._deadline = math.inf
+
+    def _end(self, reason: Reason) -> None:
+        """Have init end everything and account for it; should it not do so in time, it ends with everything."""
+        self.reason = self.reason or reason
+        self._slot.signal(signal.SIGKILL)
+        self._deadline = time.monotonic() + _ENDED_WITHIN_SECONDS
+
+
+def _written(output: Output | None) -> Written:
+    if output is None:
+        return Written(0, sha256().hexdigest(), truncated=False, captured=b"")
+    return Written(output.count, output.digest, output.truncated, bytes(output.captured))

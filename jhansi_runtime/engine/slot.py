@@ -1,0 +1,115 @@
+"""A slot: one container, ready ahead of its one exec, and the state it is in.
+
+prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` waits until it is ready and gives it the order;
+`receive` tells what init says; `kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
+"""
+
+import os
+import select
+import signal
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import channel as messages
+from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome
+from jhansi_runtime.isolation.launch import launch
+
+__all__ = ["Reaped", "Slot", "step_failed"]
+
+_READY_WITHIN_MS = 30_000
+
+
+class Reaped(NamedTuple):
+    """What the kernel accounted to a container as a whole: CPU seconds of all its processes, init's own included."""
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
+class Slot:
+    """One container. A context manager: leaving it kills and reaps whatever is still there."""
+
+    def __init__(self, container: Container) -> None:
+        try:
+            self._init = launch(container)
+        except OSError as error:
+            raise step_failed(Failure("namespaces", error.errno or 0, str(error))) from error
+        self._ordered = False
+        self._reaped: Reaped | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def channel(self) -> int:
+        """The descriptor that is readable when `receive` has something to tell."""
+        return self._init.channel.fileno()
+
+    def start(self, order: Order, streams: list[int]) -> None:
+        """Wait until the container is ready and give it its order. HostError names the step that failed."""
+        if self._ordered:
+            raise HostError("a slot runs one order, and this one has had its own")
+        self._ordered = True
+        poll = select.poll()
+        poll.register(self.channel, select.POLLIN)
+        if not poll.poll(_READY_WITHIN_MS):
+            raise HostError(f"the container was not ready within {_READY_WITHIN_MS // 1000} seconds")
+        kind, body, _ = self._init.channel.receive()
+        if kind == messages.FAILED:
+            raise step_failed(messages.decode_failure(body))
+        if kind != messages.READY:
+            raise HostError("init ended while it built the container")
+        content = messages.write_order(order)
+        try:
+            self._init.channel.send(messages.ORDER, descriptors=(content, *streams))
+        finally:
+            os.close(content)
+
+    def receive(self) -> Outcome | Failure | int | None:
+        """Return what init says: the job's outcome, a failure, the master of the job's terminal; None at the end."""
+        kind, body, descriptors = self._init.channel.receive()
+        if kind == messages.EXIT:
+            return messages.decode_outcome(body)
+        if kind == messages.FAILED:
+            return messages.decode_failure(body)
+        if kind == messages.TERMINAL:
+            return descriptors[0]
+        return None
+
+    def signal(self, number: int) -> None:
+        """Send the job a signal; nothing happens when it has ended already."""
+        try:
+            self._init.channel.send(messages.SIGNAL, bytes([number]))
+        except BrokenPipeError:
+            return
+
+    def kill(self) -> None:
+        """End every process of the container. By pidfd: a pid could by now be someone else's."""
+        if self._reaped is None:
+            signal.pidfd_send_signal(self._init.pidfd, signal.SIGKILL)
+
+    def close(self) -> Reaped:
+        """Kill what is left, wait until the kernel has taken the container down, and return what it used."""
+        if self._reaped is None:
+            self.kill()
+            _, _, usage = os.wait4(self._init.pid, 0)
+            os.close(self._init.pidfd)
+            self._init.channel.close()
+            self._reaped = Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        return self._reaped
+
+
+def step_failed(failure: Failure) -> HostError:
+    """Return the error that a failed step of isolation is to its caller, with the doctor's remedy for it."""
+    from jhansi_runtime.remedies import remedy_for  # noqa: PLC0415 - needed only when something is wrong
+
+    return HostError(
+        f"isolation failed at the step '{failure.step}': {failure.detail}",
+        remedy=remedy_for(failure.step, failure.errno),
+    )

@@ -1,0 +1,109 @@
+"""What can go wrong, as one tree of exceptions.
+
+Only a failure of ours raises: a program that fails is an ExecResult. Each class says which exit status the
+command line gives it and which HTTP status the API does; each instance may carry the remedy, the line that
+mends it.
+
+JhansiError                 125  500
+ +- InvalidRequestError     125  422   the request itself is wrong
+ |   +- HostileArchiveError 125  422   a tar that reaches outside the tree it unpacks to
+ +- NotFoundError           125  404   no such sandbox, file in a workspace, run, rootfs
+ |   +- ProgramMissingError 127  404   the file to run is not there
+ +- NotExecutableError      126  422   the file to run is a directory, a FIFO, a link that leads out ...
+ +- ConflictError           125  409   a name that is taken, a sandbox that is in use
+ +- HostError               125  503   this host cannot isolate, or a step of isolation failed
+ +- RootfsError             125  503   a rootfs cannot be built, imported or trusted
+ +- DiskLimitError          125  507   no room for what was asked
+ +- AuditError              125  500   the log cannot be written, or does not verify
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "AuditError",
+    "ConflictError",
+    "DiskLimitError",
+    "HostError",
+    "HostileArchiveError",
+    "InvalidRequestError",
+    "JhansiError",
+    "NotExecutableError",
+    "NotFoundError",
+    "ProgramMissingError",
+    "RootfsError",
+]
+
+
+class JhansiError(Exception):
+    """The root of the tree.
+
+    message is one line for a person; remedy, where one is known, is the line that mends it.
+    """
+
+    exit_code: ClassVar[int] = 125
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+class InvalidRequestError(JhansiError):
+    """The request is malformed, or names a value outside its range."""
+
+    http_status = 422
+
+
+class HostileArchiveError(InvalidRequestError):
+    """An archive holds a member that would reach outside the tree it is unpacked to."""
+
+
+class NotFoundError(JhansiError):
+    """No sandbox, file, rootfs or record of that name."""
+
+    http_status = 404
+
+
+class ProgramMissingError(NotFoundError):
+    """The file to run is not in the workspace, or the program is not in the rootfs."""
+
+    exit_code = 127
+
+
+class NotExecutableError(JhansiError):
+    """The file to run is there, and cannot be run."""
+
+    exit_code = 126
+    http_status = 422
+
+
+class ConflictError(JhansiError):
+    """The state of things does not allow it: a name taken, a sandbox in use."""
+
+    http_status = 409
+
+
+class HostError(JhansiError):
+    """This host cannot isolate, or a step of the isolation failed: nothing was run."""
+
+    http_status = 503
+
+
+class RootfsError(JhansiError):
+    """A rootfs cannot be built or imported, or is not what its digest says."""
+
+    http_status = 503
+
+
+class DiskLimitError(JhansiError):
+    """There is no room for what was asked."""
+
+    http_status = 507
+
+
+class AuditError(JhansiError):
+    """The audit log cannot be written, or its chain does not verify."""

@@ -1,0 +1,287 @@
+"""One exec from request to result: the program resolved, the start recorded, the container run, the end recorded.
+
+The container is begun first, so that the kernel builds it while the host looks at files and writes the audit record;
+it is given nothing to run before that record is written.
+"""
+
+import errno
+import fcntl
+import math
+import os
+import signal
+import sys
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from msgspec import structs
+
+from jhansi_runtime.audit import AuditLog
+from jhansi_runtime.engine import Ended, Slot, Streams, execute
+from jhansi_runtime.errors import HostError, InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
+from jhansi_runtime.isolation.channel import Container, Failure, Order
+from jhansi_runtime.profiles import Profile
+from jhansi_runtime.rootfs import Rootfs
+from jhansi_runtime.runs import Run
+from jhansi_runtime.spec import Encoding, ExecRequest, ExecResult, Limits, Status
+from jhansi_runtime.workspace import Workspace
+
+__all__ = ["Exec", "Place", "perform"]
+
+_WORKSPACE = "/workspace"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENVIRONMENT = {"PATH": _PATH, "HOME": "/home/sandbox", "LANG": "C.UTF-8"}
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
+
+
+class Place(NamedTuple):
+    """Where an exec works: a sandbox's workspace, or a folder of the caller's (sandbox_id None).
+
+    workspace is the path of the workspace beneath the folder workspaces; host_id owns it when root started us.
+    """
+
+    sandbox_id: str | None
+    workspaces: str
+    workspace: str
+    files: Workspace
+    host_id: int | None
+
+
+class Exec(NamedTuple):
+    """One exec, with everything decided: what, where, in what, within what, for whom, under which id."""
+
+    run: Run
+    run_id: str
+    actor: str
+    place: Place
+    rootfs: Rootfs
+    profile: Profile
+    limits: Limits
+    request: ExecRequest
+
+
+class _Program(NamedTuple):
+    argv: list[str]
+    file: str | None
+    sha256: str | None
+
+
+def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
+    """Run one exec and return its result.
+
+    ProgramMissingError and NotExecutableError say that there was nothing to run, HostError that it could not be
+    confined; in each case nothing was run, and if the start was recorded, so is the end.
+    """
+    environment = _environment(this.request)
+    container = Container(
+        tree=this.rootfs.tree,
+        binds=this.rootfs.binds,
+        workspaces=this.place.workspaces,
+        tmp_bytes=this.limits.tmp,
+        host_id=this.place.host_id,
+    )
+    with _in_use(this.rootfs), Slot(container) as slot:
+        program = _program(this)
+        order = Order(
+            workspace=this.place.workspace,
+            argv=[os.fsencode(word) for word in program.argv],
+            environment={os.fsencode(name): os.fsencode(value) for name, value in environment.items()},
+            terminal=None,
+            on_terminal=(False, False, False),
+            cpu_seconds=math.ceil(this.limits.cpu_time),
+            file_bytes=this.limits.file_size,
+            open_files=this.limits.nofile,
+            filters=this.profile.programs,
+        )
+        started_at = _record_start(this, audit, program)
+        ended = None
+        try:
+            ended = execute(
+                slot,
+                order,
+                streams,
+                stdin=_bytes(this.request.stdin),
+                timeout=this.limits.timeout,
+                output_bytes=this.limits.output,
+            )
+        except OSError as error:
+            raise HostError(f"the job's output or input could not be passed on: {error}") from error
+        finally:
+            if ended is None:
+                _record_failure(this, audit, str(sys.exception()))
+    result = _result(this, ended, streams, started_at)
+    _record_end(this, audit, result, ended)
+    if ended.failure is not None:
+        raise _not_run(ended.failure, program)
+    return result
+
+
+@contextmanager
+def _in_use(rootfs: Rootfs) -> Iterator[None]:
+    """Keep the rootfs from being removed meanwhile."""
+    tree = os.open(rootfs.tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(tree, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(tree)
+
+
+def _program(this: Exec) -> _Program:
+    """Return what to execute: the file of the workspace as its language runs it, or a program of the rootfs."""
+    request, recipe = this.request, this.rootfs.recipe
+    if (request.filename is None) == (not request.command):
+        raise InvalidRequestError("name either a file of the workspace or a command, and not both")
+    if request.filename is None:
+        return _Program([*request.command, *request.args], None, None)
+    found = this.place.files.open_program(request.filename)
+    path = f"{_WORKSPACE}/{found.path}"
+    extension = os.path.splitext(found.path)[1]
+    if extension in recipe.extensions or (not extension and not found.executable):
+        start = [path if word == "{file}" else word for word in recipe.run]
+    elif found.executable:
+        start = [path]
+    else:
+        raise NotExecutableError(
+            f"{request.filename!r} is not one of {' '.join(recipe.extensions)}, and is not executable",
+            remedy="make it executable, with a #! line; or run a program of the rootfs on it with --command",
+        )
+    return _Program([*start, *request.args], found.path, found.sha256)
+
+
+def _environment(request: ExecRequest) -> dict[str, str]:
+    for name, value in request.env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise InvalidRequestError(f"not the name and value of an environment variable: {name!r}")
+    return {**_ENVIRONMENT, **request.env}
+
+
+def _bytes(stdin: str | bytes) -> bytes:
+    return stdin if isinstance(stdin, bytes) else stdin.encode(errors="surrogateescape")
+
+
+def _who(this: Exec) -> dict[str, Any]:
+    return {"actor": this.actor, "sandbox_id": this.place.sandbox_id, "run_id": this.run_id}
+
+
+def _record_start(this: Exec, audit: AuditLog, program: _Program) -> str:
+    record = audit.append(
+        "exec.start",
+        **_who(this),
+        file=program.file,
+        file_sha256=program.sha256,
+        argv=program.argv,
+        environment=sorted(this.request.env),
+        rootfs=this.rootfs.digest,
+        profile=this.profile.digest,
+        limits=structs.asdict(this.limits),
+        network="none",
+    )
+    return str(record["time"])
+
+
+def _record_failure(this: Exec, audit: AuditLog, reason: str) -> None:
+    audit.append("exec.end", **_who(this), status="failed", message=reason)
+    this.run.end()
+
+
+def _record_end(this: Exec, audit: AuditLog, result: ExecResult, ended: Ended) -> None:
+    audit.append(
+        "exec.end",
+        **_who(this),
+        status=result.status,
+        exit_code=result.exit_code,
+        signal=result.signal,
+        message=result.message,
+        enforcement=result.enforcement,
+        wall_time_ms=result.wall_time_ms,
+        cpu_time_ms=result.cpu_time_ms,
+        memory_peak_bytes=result.memory_peak_bytes,
+        stdout_bytes=result.stdout_bytes,
+        stderr_bytes=result.stderr_bytes,
+        stdout_sha256=ended.stdout.sha256,
+        stderr_sha256=ended.stderr.sha256,
+    )
+    this.run.end()
+
+
+def _result(this: Exec, ended: Ended, streams: Streams, started_at: str) -> ExecResult:
+    status, exit_code, number = _status(this, ended)
+    captured = this.request.encoding
+    return ExecResult(
+        run_id=this.run_id,
+        sandbox_id=this.place.sandbox_id,
+        status=status,
+        exit_code=exit_code,
+        signal=None if number is None else _signal_name(number),
+        stdout=_text(ended.stdout.captured, captured) if streams.stdout is None else None,
+        stderr=_text(ended.stderr.captured, captured) if streams.stderr is None else None,
+        stdout_bytes=ended.stdout.size,
+        stderr_bytes=ended.stderr.size,
+        stdout_truncated=ended.stdout.truncated,
+        stderr_truncated=ended.stderr.truncated,
+        wall_time_ms=round(ended.wall_seconds * 1000, 3),
+        cpu_time_ms=round(ended.cpu_seconds * 1000, 3),
+        memory_peak_bytes=ended.peak_bytes,
+        timed_out=status == "timed_out",
+        oom_killed=status == "oom_killed",
+        message=_message(status, exit_code, number, this.limits),
+        enforcement="watchdog",
+        rootfs=this.rootfs.digest,
+        limits=this.limits,
+        started_at=started_at,
+    )
+
+
+def _status(this: Exec, ended: Ended) -> tuple[Status, int | None, int | None]:
+    """Return the status, the exit code if it exited, and the signal's number if one ended it."""
+    if ended.failure is not None or (ended.outcome is None and ended.reason is None):
+        return "failed", None, None
+    if ended.reason is not None:
+        return ended.reason, None, int(signal.SIGKILL)
+    assert ended.outcome is not None  # noqa: S101 - said by the lines above
+    wait_status = ended.outcome.wait_status
+    if os.WIFEXITED(wait_status):
+        return "exited", os.WEXITSTATUS(wait_status), None
+    number = os.WTERMSIG(wait_status)
+    # RLIMIT_CPU sends SIGXCPU at the limit and SIGKILL a second later; anyone may send the same signals earlier.
+    if number in {signal.SIGXCPU, signal.SIGKILL} and ended.outcome.cpu_seconds >= math.ceil(this.limits.cpu_time):
+        return "cpu_time_exceeded", None, number
+    return "signaled", None, number
+
+
+def _message(status: Status, exit_code: int | None, number: int | None, limits: Limits) -> str:
+    if status == "exited":
+        return f"exited with status {exit_code}"
+    if status == "signaled" and number is not None:
+        return f"ended by {_signal_name(number)}"
+    return {
+        "timed_out": f"ended at the wall time limit of {limits.timeout:g} s; raise it with --timeout",
+        "cpu_time_exceeded": f"ended at the CPU time limit of {limits.cpu_time:g} s; raise it with --cpu-time",
+        "output_limit": f"ended at the output limit of {limits.output} bytes; raise it with --output",
+        "cancelled": "ended because its caller was told to end",
+    }.get(status, "the program could not be started")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # the real-time signals between SIGRTMIN and SIGRTMAX have no names of their own
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def _text(content: bytes, encoding: Encoding) -> str:
+    return b64encode(content).decode("ascii") if encoding == "base64" else content.decode(errors="replace")
+
+
+def _not_run(failure: Failure, program: _Program) -> JhansiError:
+    what = program.argv[0] if program.file is None else program.file
+    reason = os.strerror(failure.errno)
+    if failure.errno in _MISSING:
+        return ProgramMissingError(f"{what!r} is not there, or the interpreter in its #! line is not: {reason}")
+    if failure.errno == errno.E2BIG:
+        return InvalidRequestError(
+            "the arguments and the environment are too long together", remedy="pass them on stdin"
+        )
+    return NotExecutableError(f"{what!r} cannot be executed: {reason}")

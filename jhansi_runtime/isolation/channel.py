@@ -1,0 +1,164 @@
+"""The messages between the launcher and init, over one SOCK_SEQPACKET socket.
+
+Each message is one packet: a byte that says what it is, then its body. The launcher's end and init's end both belong
+to trusted code; the job never holds either. An order may be larger than a socket takes (an argument list can be 2 MB),
+so it travels in a memfd, passed like the streams.
+"""
+
+import _socket
+import array
+import errno
+import marshal
+import os
+import struct
+from typing import NamedTuple
+
+__all__ = ["Channel", "Container", "Failure", "Order", "Outcome", "pair"]
+
+MAPPED = b"m"  # launcher: the id maps are written
+READY = b"r"  # init: the container is built
+ORDER = b"o"  # launcher: run this (descriptors: order, then those streams that are not the pty)
+TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
+SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
+EXIT = b"x"  # init: the job has ended, and how
+FAILED = b"f"  # init: a step failed, nothing was run
+
+_PACKET = 4096
+_DESCRIPTORS = 4
+_EXIT = struct.Struct("=iddQ")
+_FAILED = struct.Struct("=i")
+
+
+class Container(NamedTuple):
+    """What a container is built from, before anyone knows which workspace and program it is for.
+
+    tree is the rootfs; binds are (host path, path in the tree) laid over it read-only; workspaces is the folder that
+    an order's workspace lies in; tmp_bytes bounds /tmp, HOME and /dev/shm together; host_id is the id outside that
+    uid and gid 1000 stand for, None for the caller's own.
+    """
+
+    tree: str
+    binds: tuple[tuple[str, str], ...]
+    workspaces: str
+    tmp_bytes: int
+    host_id: int | None
+
+
+class Order(NamedTuple):
+    """What to run in a container that waits.
+
+    terminal is (rows, columns) of a pty to make for it, or None; on_terminal says which of stdin, stdout and stderr
+    are that pty, and the others are the descriptors passed with the order, in that sequence.
+    argv and environment are bytes as execve takes them; cpu_seconds, file_bytes and open_files are rlimits;
+    filters are compiled seccomp programs, all installed, the strictest answer wins.
+    """
+
+    workspace: str
+    argv: list[bytes]
+    environment: dict[bytes, bytes]
+    terminal: tuple[int, int] | None
+    on_terminal: tuple[bool, bool, bool]
+    cpu_seconds: int
+    file_bytes: int
+    open_files: int
+    filters: tuple[bytes, ...]
+
+
+class Outcome(NamedTuple):
+    """How the job ended: its wait status, CPU seconds of it and all it waited for, peak resident bytes of one process.
+
+    init_seconds is the CPU time init itself used, so that it can be left out of the whole container's.
+    """
+
+    wait_status: int
+    cpu_seconds: float
+    init_seconds: float
+    peak_bytes: int
+
+
+class Failure(NamedTuple):
+    """A step that failed, and why; nothing was run. The step `execve` failing is the program's fault, not ours."""
+
+    step: str
+    errno: int
+    detail: str
+
+
+class Channel:
+    """One end. Once the other end is gone, send raises BrokenPipeError and receive returns an empty kind."""
+
+    def __init__(self, socket: _socket.socket) -> None:
+        self._socket = socket
+
+    def fileno(self) -> int:
+        """Return the descriptor, for poll."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close this end."""
+        self._socket.close()
+
+    def send(self, kind: bytes, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
+        """Send one message, passing descriptors along."""
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        self._socket.sendmsg([kind + body], rights, _socket.MSG_NOSIGNAL)
+
+    def receive(self) -> tuple[bytes, bytes, list[int]]:
+        """Wait for one message: (kind, body, passed descriptors, close-on-exec). (b"", b"", []) at the end."""
+        space = _socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
+        packet, ancillary, flags, _ = self._socket.recvmsg(_PACKET, space, _socket.MSG_CMSG_CLOEXEC)
+        descriptors = array.array("i")
+        for level, kind, data in ancillary:
+            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+        if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
+            raise OSError(errno.EMSGSIZE, "a message on the channel was cut off")
+        return packet[:1], packet[1:], list(descriptors)
+
+
+def pair() -> tuple[Channel, Channel]:
+    """Return both ends of a new channel, close-on-exec."""
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    return Channel(ours), Channel(theirs)
+
+
+def write_order(order: Order) -> int:
+    """Return a memfd that holds the order. marshal is fit: both ends are this interpreter and this code."""
+    descriptor = os.memfd_create("order", os.MFD_CLOEXEC)
+    try:
+        content = memoryview(marshal.dumps(tuple(order)))
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_order(descriptor: int) -> Order:
+    """Return the order in a memfd, and close it."""
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return Order(*marshal.loads(file.read()))  # noqa: S302 - written by write_order, never by a job
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """Return the body of an EXIT message."""
+    return _EXIT.pack(*outcome)
+
+
+def decode_outcome(body: bytes) -> Outcome:
+    """Return what an EXIT message says."""
+    return Outcome(*_EXIT.unpack(body))
+
+
+def encode_failure(failure: Failure) -> bytes:
+    """Return the body of a FAILED message."""
+    text = f"{failure.step}\0{failure.detail}".encode(errors="replace")
+    return _FAILED.pack(failure.errno) + text[: _PACKET - 64]
+
+
+def decode_failure(body: bytes) -> Failure:
+    """Return what a FAILED message says."""
+    step, _, detail = body[_FAILED.size :].decode(errors="replace").partition("\0")
+    return Failure(step, _FAILED.unpack(body[: _FAILED.size])[0], detail)

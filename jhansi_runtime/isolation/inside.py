@@ -1,0 +1,211 @@
+"""init: PID 1 of a container, from its first instruction to its last. Trusted; the job is not (job.py).
+
+`main` is its whole life: prepare, wait, run, exit. Each step either succeeds or ends the container with a FAILED
+message that names it. init must never return into the code it was cloned from.
+"""
+
+import _socket
+import gc
+import os
+import select
+import signal
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from typing import NoReturn
+
+import prctl
+
+from jhansi_runtime.isolation import channel as messages
+from jhansi_runtime.isolation import idmap, job, mounts, net, signals, terminal
+from jhansi_runtime.isolation.channel import Channel, Container, Failure, Order, Outcome
+from jhansi_runtime.isolation.steps import StepError, step
+from jhansi_runtime.isolation.syscalls import close_range, erase_command_line
+
+__all__ = ["main"]
+
+HOSTNAME = "sandbox"
+_REPORT_BYTES = 4096
+
+
+def main(container: Container, channel: Channel) -> NoReturn:
+    """Be init. Never returns: what was cloned must not run on as a second launcher."""
+    try:
+        _live(container, channel)
+    finally:
+        os._exit(0)
+
+
+def _live(container: Container, channel: Channel) -> None:
+    try:
+        root = _prepare(container, channel)
+        channel.send(messages.READY)
+        order, streams = _wait(channel)
+        outcome = _run(root, order, streams, channel)
+    except StepError as error:
+        channel.send(messages.FAILED, messages.encode_failure(error.failure))
+    except BrokenPipeError:
+        return  # the launcher is gone, and with it whoever would want to know
+    else:
+        channel.send(messages.EXIT, messages.encode_outcome(outcome))
+
+
+def _prepare(container: Container, channel: Channel) -> int:
+    """Build the container around this process; return a descriptor of its root."""
+    with step("detach from the launcher"):
+        _detach(channel)
+    if channel.receive()[0] != messages.MAPPED:
+        raise BrokenPipeError
+    with step("sources"):
+        # Before the ids change: started by root, only root's own id may reach what lies in root's folders.
+        sources = mounts.open_sources(container.tree, container.workspaces, container.binds)
+    with step("ids"):
+        idmap.become_sandbox(container.host_id)
+    with step("process"):
+        # After the ids: the kernel forgets both settings when they change.
+        prctl.set_pdeathsig(signal.SIGKILL)
+        prctl.set_dumpable(0)
+    with step("user namespace limit"):
+        idmap.allow_one_more_namespace()
+    with step("mounts"):
+        root = mounts.build_root(sources, container.tmp_bytes)
+    with step("pivot_root"):
+        mounts.enter_root(root)
+    with step("loopback"):
+        net.loopback_up()
+    with step("hostname"):
+        _socket.sethostname(HOSTNAME)
+    return root
+
+
+def _detach(channel: Channel) -> None:
+    gc.disable()  # a collection would run the launcher's finalizers in the wrong process
+    prctl.set_pdeathsig(signal.SIGKILL)
+    os.setsid()
+    os.umask(0)
+    erase_command_line()
+    signals.reset()
+    null = os.open("/dev/null", os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    close_range(3, channel.fileno() - 1)
+    close_range(channel.fileno() + 1)
+
+
+def _wait(channel: Channel) -> tuple[Order, list[int]]:
+    kind, _, descriptors = channel.receive()
+    if kind != messages.ORDER:
+        raise BrokenPipeError
+    return messages.read_order(descriptors[0]), descriptors[1:]
+
+
+def _run(root: int, order: Order, passed: list[int], channel: Channel) -> Outcome:
+    with step("workspace"):
+        mounts.attach_workspace(root, order.workspace)
+    with step("standard streams"):
+        streams = _streams(order, passed, channel)
+    with step("fork"):
+        wakeup = _watch_children()
+        pid = _fork_job(order, streams)
+    for stream in set(streams):
+        os.close(stream)
+    return _supervise(pid, wakeup, channel)
+
+
+def _streams(order: Order, passed: list[int], channel: Channel) -> list[int]:
+    """Return the job's stdin, stdout and stderr: the container's pty where it is to be one, else what was passed."""
+    remaining = iter(passed)
+    if order.terminal is None:
+        return list(remaining)
+    master, slave = terminal.open_pair(*order.terminal)
+    channel.send(messages.TERMINAL, descriptors=(master,))
+    os.close(master)
+    return [slave if is_terminal else next(remaining) for is_terminal in order.on_terminal]
+
+
+def _watch_children() -> int:
+    """Return a descriptor that is readable when a child has ended."""
+    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return readable
+
+
+def _fork_job(order: Order, streams: list[int]) -> int:
+    """Start the job and return its pid once execve has succeeded. StepError says why it has not."""
+    report, reported = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        job.confine_and_execute(order, streams, reported)
+    os.close(reported)
+    with open(report, "rb") as file:
+        content = file.read(_REPORT_BYTES)
+    if content == job.CONFINED:
+        return pid
+    failure = content.removeprefix(job.CONFINED)
+    if not failure:
+        raise StepError(Failure("job", 0, "it ended before it was confined"))
+    raise StepError(messages.decode_failure(failure))
+
+
+def _supervise(pid: int, wakeup: int, channel: Channel) -> Outcome:
+    """Reap whatever ends, pass signals on, until the job itself has ended."""
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    poll.register(channel.fileno(), select.POLLIN)
+    while True:
+        status = _reap(pid)
+        if status is not None:
+            _end_the_rest()
+            return _outcome(status)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if wakeup in ready:
+            os.read(wakeup, 512)
+        if channel.fileno() in ready:
+            kind, body, _ = channel.receive()
+            if kind != messages.SIGNAL:
+                raise BrokenPipeError
+            _signal(pid, body[0])
+
+
+def _signal(pid: int, number: int) -> None:
+    """Send it to the job's process group, as a terminal would; SIGKILL to everything in the container."""
+    try:
+        if number == signal.SIGKILL:
+            os.kill(-1, number)
+        else:
+            os.killpg(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _end_the_rest() -> None:
+    """End what the job has left behind. The kernel would, but without accounting its CPU time to anyone."""
+    _signal(0, signal.SIGKILL)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def _reap(job_pid: int) -> int | None:
+    """Reap every child that has ended, orphans included; return the job's wait status if it was among them."""
+    job_status = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return job_status
+        if pid == 0:
+            return job_status
+        if pid == job_pid:
+            job_status = status
+
+
+def _outcome(wait_status: int) -> Outcome:
+    children, own = getrusage(RUSAGE_CHILDREN), getrusage(RUSAGE_SELF)
+    return Outcome(
+        wait_status,
+        cpu_seconds=children.ru_utime + children.ru_stime,
+        init_seconds=own.ru_utime + own.ru_stime,
+        peak_bytes=children.ru_maxrss * 1024,
+    )

@@ -1,0 +1,120 @@
+"""The job's own steps: from a copy of init to an untrusted program with nothing in its hands.
+
+`confine_and_execute` is the whole of it. The order of the steps matters and is explained beside each.
+"""
+
+import math
+import os
+import resource
+from typing import NoReturn
+
+import prctl
+
+from jhansi_runtime.isolation import caps, idmap, seccomp, signals, terminal
+from jhansi_runtime.isolation.channel import Failure, Order, encode_failure
+from jhansi_runtime.isolation.steps import StepError, step
+from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
+
+__all__ = ["CONFINED", "EXECVE", "confine_and_execute"]
+
+CONFINED = b"."
+EXECVE = "execve"
+_WORKSPACE = "/workspace"
+_STACK_BYTES = 8 << 20
+_LOCKED_BYTES = 64 << 10
+
+
+def confine_and_execute(order: Order, streams: list[int], report: int) -> NoReturn:
+    """Give everything up, then become the program.
+
+    CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
+    program that ran; a failure of a step, or of execve, is written as itself.
+    """
+    try:
+        _confine(order, streams, report)
+        os.write(report, CONFINED)
+        _execute(order)
+    except StepError as error:
+        os.write(report, encode_failure(error.failure))
+    finally:
+        os._exit(1)
+
+
+def _confine(order: Order, streams: list[int], report: int) -> None:
+    with step("session"):
+        os.setsid()
+    with step("streams"):
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        if order.terminal:
+            terminal.adopt(order.on_terminal.index(True))
+    with step("working directory"):
+        _enter_workspace()
+    with step("limits"):
+        _limit(order)
+    with step("user namespace"):
+        _leave_init_powers()
+    with step("capabilities"):
+        caps.drop_all()
+    with step("no_new_privs"):
+        prctl.set_no_new_privs(1)
+    with step("signals"):
+        signals.reset()
+    # Late, because every step before may have opened something; a working directory is checked, not inherited.
+    with step("descriptors"):
+        close_range(3, report - 1)
+        close_range(report + 1)
+    # Last: the filter refuses most of the steps above.
+    with step("seccomp"):
+        seccomp.install(order.filters)
+
+
+def _execute(order: Order) -> NoReturn:
+    try:
+        os.execvpe(order.argv[0], order.argv, order.environment)  # noqa: S606 - no shell: this is execve
+    except OSError as error:
+        raise StepError(Failure(EXECVE, error.errno or 0, os.fsdecode(order.argv[0]))) from error
+
+
+def _enter_workspace() -> None:
+    os.chdir(_WORKSPACE)
+    # A working directory outside the root would let `..` walk the host (CVE-2024-21626); getcwd tells such a one.
+    if os.getcwd() != _WORKSPACE:
+        raise OSError(0, "the working directory is not the workspace")
+    os.umask(0o022)
+
+
+def _limit(order: Order) -> None:
+    limits = {
+        resource.RLIMIT_CORE: (0, 0),
+        # SIGXCPU first, which says what happened; SIGKILL a second later for a program that ignores it.
+        resource.RLIMIT_CPU: (order.cpu_seconds, order.cpu_seconds + 1),
+        resource.RLIMIT_FSIZE: (order.file_bytes, order.file_bytes),
+        resource.RLIMIT_NOFILE: (order.open_files, order.open_files),
+        resource.RLIMIT_MEMLOCK: (_LOCKED_BYTES, _LOCKED_BYTES),
+        resource.RLIMIT_STACK: (_STACK_BYTES, resource.RLIM_INFINITY),
+        resource.RLIMIT_NICE: (0, 0),
+        resource.RLIMIT_RTPRIO: (0, 0),
+    }
+    for kind, wanted in limits.items():
+        # The host's own ceiling may be lower, and cannot be raised from here.
+        ceiling = _finite(resource.getrlimit(kind)[1])
+        soft, hard = (_infinite(min(_finite(value), ceiling)) for value in wanted)
+        resource.setrlimit(kind, (soft, hard))
+
+
+def _finite(value: int) -> float:
+    return math.inf if value == resource.RLIM_INFINITY else value
+
+
+def _infinite(value: float) -> int:
+    return resource.RLIM_INFINITY if value == math.inf else int(value)
+
+
+def _leave_init_powers() -> None:
+    # The files in /proc/self belong to root while a process is not dumpable, and the id map could not be written.
+    # Nobody is there yet to make use of the moment: this is the first process but init in the pid namespace.
+    prctl.set_dumpable(1)
+    unshare(CLONE_NEWUSER)
+    idmap.map_self()
+    prctl.set_dumpable(0)

@@ -1,0 +1,57 @@
+"""The launcher's side of a container: clone init, map its ids, and hold what is needed to talk to it and to end it."""
+
+import os
+import signal
+from typing import NamedTuple
+
+from jhansi_runtime.isolation import channel as messages
+from jhansi_runtime.isolation import idmap, inside
+from jhansi_runtime.isolation.channel import Channel, Container
+from jhansi_runtime.isolation.syscalls import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    clone3,
+)
+
+__all__ = ["Init", "launch"]
+
+NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
+
+
+class Init(NamedTuple):
+    """A container's init as its launcher holds it: its pid, a pidfd that cannot come to mean another, the channel."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
+
+
+def launch(container: Container) -> Init:
+    """Begin a container; its init reports READY or FAILED on the channel. OSError when the kernel refuses to clone.
+
+    Whoever calls this must have one thread, must wait for the pid, and takes the container along when it dies.
+    """
+    ours, theirs = messages.pair()
+    try:
+        pid, pidfd = clone3(NAMESPACES)
+        if pid == 0:
+            inside.main(container, theirs)
+        try:
+            idmap.map_from_parent(pid, container.host_id)
+            ours.send(messages.MAPPED)
+        except OSError:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(pidfd)
+            raise
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Init(pid, pidfd, ours)

@@ -1,0 +1,286 @@
+"""What the container's file system is made of: a tuple of frozen operations, and the loop that carries them out.
+
+Everything is done by descriptor. A source is opened, cloned as a detached mount, given its attributes, and only then
+attached to a target that `openat2` found inside the new root without following any link: neither a hostile rootfs nor
+a hostile workspace can move a mountpoint (CVE-2021-30465, CVE-2025-31133). Targets exist since the rootfs was
+unpacked; none is made on the way, and none lies below the workspace.
+"""
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from jhansi_runtime.isolation.syscalls import (
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    RESOLVE_IN_ROOT,
+    RESOLVE_NO_MAGICLINKS,
+    RESOLVE_NO_SYMLINKS,
+    fsconfig_create,
+    fsconfig_string,
+    fsmount,
+    fsopen,
+    mount_private,
+    mount_setattr,
+    move_mount,
+    open_tree,
+    openat2,
+    pivot_root,
+    umount_detach,
+)
+
+__all__ = [
+    "EMPTY_DIRECTORY",
+    "EMPTY_FILE",
+    "HIDDEN_WORKSPACES",
+    "Sources",
+    "attach_workspace",
+    "build_root",
+    "enter_root",
+    "open_sources",
+    "operations",
+]
+
+# Made in every rootfs when it is unpacked.
+COVERS = ".jhansi"
+EMPTY_FILE = ".jhansi/empty-file"
+EMPTY_DIRECTORY = ".jhansi/empty-directory"
+HIDDEN_WORKSPACES = ".jhansi/workspaces"
+
+_RDONLY, _NOSUID, _NODEV, _NOEXEC = MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC
+
+_DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+_DEVICE_LINKS = {
+    "ptmx": "pts/ptmx",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
+
+# What /proc tells of, or does to, the whole machine. A kernel may lack some of these, and then needs no mask for it.
+_PROC_MASKED_FILES = (
+    "config.gz",
+    "kallsyms",
+    "kcore",
+    "key-users",
+    "keys",
+    "kmsg",
+    "kpagecgroup",
+    "kpagecount",
+    "kpageflags",
+    "latency_stats",
+    "modules",
+    "mtd",
+    "pagetypeinfo",
+    "sched_debug",
+    "slabinfo",
+    "sysrq-trigger",
+    "timer_list",
+    "timer_stats",
+    "vmallocinfo",
+)
+_PROC_MASKED_DIRECTORIES = ("acpi", "asound", "driver", "scsi")
+_PROC_READ_ONLY = ("bus", "fs", "irq", "sys")
+
+
+class Sources(NamedTuple):
+    """Descriptors (O_PATH) of the host's side, opened while the host's root is still in reach."""
+
+    tree: int
+    workspaces: int
+    binds: tuple[tuple[int, str], ...]
+    devices: tuple[tuple[int, str], ...]
+
+
+def open_sources(tree: str, workspaces: str, binds: tuple[tuple[str, str], ...]) -> Sources:
+    """Open what will be mounted. The paths are the runtime's own; nobody untrusted has had a hand in them."""
+    return Sources(
+        tree=os.open(tree, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
+        workspaces=os.open(workspaces, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
+        binds=tuple((os.open(source, os.O_PATH | os.O_CLOEXEC), target) for source, target in binds),
+        devices=tuple((_open_device(name, number), name) for name, number in _DEVICES.items()),
+    )
+
+
+class Bind(NamedTuple):
+    """Clone what a descriptor of the host's side names, and all that is mounted below it."""
+
+    source: int
+    target: str
+    attributes: int
+
+    def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
+        """Return the mount, not yet attached."""
+        mount = open_tree(self.source, recursive=True)
+        mount_setattr(mount, self.attributes, recursive=True)
+        return mount
+
+
+class Overlay(NamedTuple):
+    """Lay one path of the new root over another: a mask, a read-only view, a second name.
+
+    A clone has the attributes of the mount it was cloned from; None leaves them so. With `optional`, a target that is
+    not there needs no cover.
+    """
+
+    source: str
+    target: str
+    attributes: int | None = None
+    optional: bool = False
+
+    def detached(self, root: int) -> int:
+        """Return the mount, not yet attached."""
+        source = _within(root, self.source)
+        try:
+            mount = open_tree(source, recursive=False)
+        finally:
+            os.close(source)
+        if self.attributes is not None:
+            mount_setattr(mount, self.attributes)
+        return mount
+
+
+class Filesystem(NamedTuple):
+    """A new filesystem, with these options and attributes, and what is made in it before it is attached."""
+
+    kind: str
+    target: str
+    attributes: int
+    options: tuple[tuple[str, str], ...] = ()
+    folders: tuple[tuple[str, int], ...] = ()
+    files: tuple[str, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
+
+    def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
+        """Return the mount, not yet attached."""
+        context = fsopen(self.kind.encode())
+        try:
+            for key, value in self.options:
+                fsconfig_string(context, key.encode(), value.encode())
+            fsconfig_create(context)
+            mount = fsmount(context, self.attributes & ~_RDONLY)
+        finally:
+            os.close(context)
+        for name, mode in self.folders:
+            os.mkdir(name, mode, dir_fd=mount)
+        for name in self.files:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=mount))
+        for name, target in self.links:
+            os.symlink(target, name, dir_fd=mount)
+        if self.attributes & _RDONLY:
+            mount_setattr(mount, _RDONLY)
+        return mount
+
+
+Operation = Bind | Overlay | Filesystem
+
+
+def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
+    """Return all that is mounted in the new root, in order: a later one may stand on an earlier one."""
+    inert = _RDONLY | _NOSUID | _NODEV | _NOEXEC
+    scratch = _NOSUID | _NODEV
+    inodes = max(1024, tmp_bytes // 4096)
+    return (
+        *(Bind(source, target, _RDONLY | _NOSUID | _NODEV) for source, target in sources.binds),
+        # A new proc is allowed only while one that hides nothing is in sight: the host's, which is still there.
+        Filesystem("proc", "proc", _NOSUID | _NODEV | _NOEXEC),
+        *(Overlay(f"proc/{name}", f"proc/{name}", inert) for name in _PROC_READ_ONLY),
+        # The covers themselves can be neither written, nor executed, nor be devices; their clones inherit that.
+        Overlay(COVERS, COVERS, inert),
+        *(Overlay(EMPTY_FILE, f"proc/{name}", optional=True) for name in _PROC_MASKED_FILES),
+        *(Overlay(EMPTY_DIRECTORY, f"proc/{name}", optional=True) for name in _PROC_MASKED_DIRECTORIES),
+        Filesystem(
+            "tmpfs",
+            "dev",
+            _RDONLY | _NOSUID | _NOEXEC,
+            options=(("mode", "755"), ("size", "64k")),
+            folders=(("pts", 0o755), ("shm", 0o755)),
+            files=tuple(_DEVICES),
+            links=tuple(_DEVICE_LINKS.items()),
+        ),
+        *(Bind(source, f"dev/{name}", _NOSUID | _NOEXEC) for source, name in sources.devices),
+        Filesystem("devpts", "dev/pts", _NOSUID | _NOEXEC, options=(("ptmxmode", "666"), ("mode", "620"))),
+        # One filesystem under three names, so that one size bounds them together. The last cover hides the first.
+        Filesystem(
+            "tmpfs",
+            "tmp",
+            scratch,
+            options=(("mode", "755"), ("size", str(tmp_bytes)), ("nr_inodes", str(inodes))),
+            folders=(("home", 0o755), ("shm", 0o1777), ("tmp", 0o1777)),
+        ),
+        Overlay("tmp/home", "home/sandbox"),
+        Overlay("tmp/shm", "dev/shm"),
+        Overlay("tmp/tmp", "tmp"),
+        Bind(sources.workspaces, HIDDEN_WORKSPACES, scratch),
+    )
+
+
+def build_root(sources: Sources, tmp_bytes: int) -> int:
+    """Mount the new root and all that is in it; return a descriptor of it. The old root is still in place."""
+    mount_private()
+    root = open_tree(sources.tree, recursive=False)
+    mount_setattr(root, _RDONLY | _NOSUID | _NODEV)
+    # Things can be attached only below a mount that is itself attached: this one covers the tree it was cloned from.
+    move_mount(root, sources.tree)
+    for operation in operations(sources, tmp_bytes):
+        _attach(root, operation)
+    return root
+
+
+def enter_root(root: int) -> None:
+    """Make `root` the root of this mount namespace, and let go of all that is the host's."""
+    os.fchdir(root)
+    # pivot_root(2), NOTES: with "." twice the old root lands on top of the new one, and is detached from there.
+    pivot_root(b".", b".")
+    umount_detach(b".")
+    os.chdir("/")
+
+
+def attach_workspace(root: int, workspace: str) -> None:
+    """Mount the one workspace at /workspace, and detach the folder it came from with all the others in it."""
+    hidden = _within(root, HIDDEN_WORKSPACES)
+    try:
+        source = openat2(hidden, workspace, os.O_PATH | os.O_DIRECTORY, resolve=_NO_LINKS)
+    finally:
+        os.close(hidden)
+    try:
+        _attach(root, Bind(source, "workspace", _NOSUID | _NODEV))
+    finally:
+        os.close(source)
+    umount_detach(f"/{HIDDEN_WORKSPACES}".encode())
+
+
+_NO_LINKS = RESOLVE_IN_ROOT | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+
+
+def _attach(root: int, operation: Operation) -> None:
+    try:
+        target = _within(root, operation.target)
+    except FileNotFoundError:
+        if isinstance(operation, Overlay) and operation.optional:
+            return
+        raise
+    try:
+        mount = operation.detached(root)
+        try:
+            move_mount(mount, target)
+        finally:
+            os.close(mount)
+    finally:
+        os.close(target)
+
+
+def _within(root: int, path: str) -> int:
+    return openat2(root, path, os.O_PATH, resolve=_NO_LINKS)
+
+
+def _open_device(name: str, number: tuple[int, int]) -> int:
+    descriptor = os.open(f"/dev/{name}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(*number):
+        raise OSError(errno.ENODEV, "the host's device is not what its name says", f"/dev/{name}")
+    return descriptor

@@ -1,0 +1,264 @@
+"""The kernel's calls that Python lacks: each a thin wrapper that raises OSError. The only user of ctypes.
+
+Constants stand beside the call they belong to, under the kernel's own names, with the man page that explains
+them. Nothing here decides anything. Paths are bytes or text as os.fsencode takes them; a directory
+descriptor `at` and a relative path name a place without resolving a string twice.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+__all__ = [
+    "BPF_PROGRAM_UNIT",
+    "capbset_drop",
+    "capset_empty",
+    "clone3",
+    "close_range",
+    "erase_command_line",
+    "fsconfig_create",
+    "fsconfig_string",
+    "fsmount",
+    "fsopen",
+    "mount_private",
+    "mount_setattr",
+    "move_mount",
+    "open_tree",
+    "openat2",
+    "pivot_root",
+    "seccomp_set_filter",
+    "umount_detach",
+    "unshare",
+]
+
+# These are one number on every architecture (asm-generic, 2019 and later) ...
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
+_NR_FSOPEN = 430
+_NR_FSCONFIG = 431
+_NR_FSMOUNT = 432
+_NR_CLONE3 = 435
+_NR_CLOSE_RANGE = 436
+_NR_OPENAT2 = 437
+_NR_MOUNT_SETATTR = 442
+# ... and these are not.
+_MACHINE = os.uname().machine
+_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(_MACHINE, -1)
+_NR_SECCOMP = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+
+# PyDLL keeps the interpreter lock across the call: clone3's child starts with it held, as its only thread must.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _syscall(number: int, *arguments: int | bytes | None) -> int:
+    if number < 0:
+        raise OSError(errno.ENOSYS, f"jhansi-runtime has no system call table for {_MACHINE}")
+    # Every integer is passed as a long: ctypes' default, int, would cut 64-bit flags.
+    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    if result == -1:
+        raise _oserror()
+    return result
+
+
+def _oserror(path: str | bytes | None = None) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), path)
+
+
+# --- openat2(2) -------------------------------------------------------------------------------------------
+
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+
+def openat2(at: int, path: str | bytes, flags: int, *, resolve: int, mode: int = 0) -> int:
+    """Open `path` from the directory `at` and return a close-on-exec descriptor.
+
+    resolve is a set of RESOLVE_* flags. OSError: ELOOP for a refused link, EXDEV for a path that leaves `at`,
+    EAGAIN when a rename raced with a `..` (tried again here, as the man page asks), ENOSYS before Linux 5.6.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise OSError(errno.EINVAL, "a path holds a NUL byte", path)
+    for _ in range(128):
+        fd = _libc.syscall(ctypes.c_long(_NR_OPENAT2), ctypes.c_long(at), name, how, ctypes.c_long(len(how)))
+        if fd >= 0:
+            return int(fd)
+        if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+            break
+    raise _oserror(path)
+
+
+# --- processes: clone(2), unshare(2), close_range(2) ------------------------------------------------------
+
+CLONE_PIDFD = 0x00001000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+_SIGCHLD = 17
+_CLONE_ARGS = struct.Struct("11Q")
+
+
+def clone3(flags: int) -> tuple[int, int]:
+    """Fork with CLONE_* flags: (0, -1) in the child, (pid, pidfd) in the parent; the pidfd is close-on-exec.
+
+    Only for a process with one thread: the C library is not told, so a lock another thread held stays held.
+    The child's own copy of everything is as after fork(2).
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = _CLONE_ARGS.pack(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, 0)
+    pid = _syscall(_NR_CLONE3, arguments, len(arguments))
+    return pid, pidfd.value if pid else -1
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by CLONE_* flags for fresh ones."""
+    if _libc.unshare(ctypes.c_int(flags)) == -1:
+        raise _oserror()
+
+
+def close_range(first: int, last: int = 0x7FFFFFFF) -> None:
+    """Close every descriptor from first to last, both included."""
+    if first <= last:
+        _syscall(_NR_CLOSE_RANGE, first, last, 0)
+
+
+# --- mounts by descriptor: open_tree(2), move_mount(2), mount_setattr(2), fsopen(2), pivot_root(2) --------
+
+OPEN_TREE_CLONE = 0x1
+_OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_FSOPEN_CLOEXEC = 0x1
+_FSMOUNT_CLOEXEC = 0x1
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+_MS_REC = 0x4000
+_MS_PRIVATE = 0x40000
+_MNT_DETACH = 2
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+
+
+def open_tree(at: int, *, recursive: bool) -> int:
+    """Clone the mount that the descriptor `at` lies in, from `at` downwards, as a detached mount."""
+    flags = OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    return _syscall(_NR_OPEN_TREE, at, b"", flags)
+
+
+def move_mount(mount: int, target: int) -> None:
+    """Attach the detached mount at the file or directory that the descriptor `target` names."""
+    _syscall(_NR_MOVE_MOUNT, mount, b"", target, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+
+
+def mount_setattr(mount: int, attributes: int, *, recursive: bool = False) -> None:
+    """Set MOUNT_ATTR_* on a mount, and on all below it when recursive. Clears none."""
+    record = struct.pack("QQQQ", attributes, 0, 0, 0)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _syscall(_NR_MOUNT_SETATTR, mount, b"", flags, record, len(record))
+
+
+def fsopen(filesystem: bytes) -> int:
+    """Begin a new filesystem instance of that type."""
+    return _syscall(_NR_FSOPEN, filesystem, _FSOPEN_CLOEXEC)
+
+
+def fsconfig_string(context: int, key: bytes, value: bytes) -> None:
+    """Set one option of a filesystem not yet created."""
+    _syscall(_NR_FSCONFIG, context, _FSCONFIG_SET_STRING, key, value, 0)
+
+
+def fsconfig_create(context: int) -> None:
+    """Create the filesystem."""
+    _syscall(_NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fsmount(context: int, attributes: int) -> int:
+    """Return a detached mount of a created filesystem, with MOUNT_ATTR_* attributes."""
+    return _syscall(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+
+
+def mount_private() -> None:
+    """Cut every mount of this namespace off from the one it was copied from (MS_REC | MS_PRIVATE)."""
+    if _libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None) == -1:
+        raise _oserror("/")
+
+
+def pivot_root(new_root: bytes, put_old: bytes) -> None:
+    """Make new_root the root mount; with "." and "." the old root is left stacked on top of it."""
+    _syscall(_NR_PIVOT_ROOT, new_root, put_old)
+
+
+def umount_detach(path: bytes) -> None:
+    """Take a mount and all below it out of the tree at once (MNT_DETACH)."""
+    if _libc.umount2(path, ctypes.c_int(_MNT_DETACH)) == -1:
+        raise _oserror(path)
+
+
+# --- seccomp(2) -------------------------------------------------------------------------------------------
+
+SECCOMP_SET_MODE_FILTER = 1
+BPF_PROGRAM_UNIT = 8  # sizeof(struct sock_filter)
+
+
+def seccomp_set_filter(program: bytes) -> None:
+    """Install a compiled BPF program as this process's filter, for good."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    count = len(program) // BPF_PROGRAM_UNIT
+    record = struct.pack("HxxxxxxQ", count, ctypes.addressof(buffer))  # struct sock_fprog
+    _syscall(_NR_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, record)
+
+
+# --- prctl(2), capset(2), the command line in /proc -----------------------------------------------------------------
+
+_PR_CAPBSET_DROP = 24
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def capbset_drop(capability: int) -> bool:
+    """Drop one capability from the bounding set; False when this kernel has none of that number (prctl(2), EINVAL)."""
+    if _libc.prctl(ctypes.c_int(_PR_CAPBSET_DROP), ctypes.c_ulong(capability)) == 0:
+        return True
+    if ctypes.get_errno() == errno.EINVAL and capability > 0:
+        return False
+    raise _oserror()
+
+
+def capset_empty() -> None:
+    """Clear the effective, permitted and inheritable sets of this process, whatever capabilities there are."""
+    header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    if _libc.capset(header, bytes(24)) == -1:
+        raise _oserror()
+
+
+def erase_command_line() -> None:
+    """Overwrite what /proc/PID/cmdline shows of this process with zeros.
+
+    Anyone in the same pid namespace may read it, whatever the dumpable flag says; in a cloned process it is the
+    arguments of the one it was cloned from. The fields are arg_start and arg_end of proc(5), /proc/PID/stat.
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    if not 0 < start < end:
+        raise OSError(errno.EPERM, "/proc/self/stat does not say where the command line is")
+    ctypes.memset(start, 0, end - start)

@@ -1,0 +1,338 @@
+"""The verbs: everything a user can do, and the only place where the stores and the engine meet.
+
+The command line, the Python API and (later) HTTP decode a request, call one method here, and print what it returns.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from msgspec import structs
+
+from jhansi_runtime.audit import AuditLog
+from jhansi_runtime.engine import Streams
+from jhansi_runtime.errors import InvalidRequestError, NotFoundError
+from jhansi_runtime.execution import Exec, Place, perform
+from jhansi_runtime.paths import Paths, shipped
+from jhansi_runtime.profiles import ProfileStore
+from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
+from jhansi_runtime.runs import Run, Runs, new_run_id
+from jhansi_runtime.sandboxes import Sandboxes
+from jhansi_runtime.spec import ExecRequest, ExecResult, FileInfo, Limits, RootfsInfo, Sandbox
+from jhansi_runtime.workspace import Workspace
+
+__all__ = ["Runtime"]
+
+# Whom a sandbox is outside when root starts it: an id that no system hands out (systemd's UIDS-GIDS: unused range).
+_HOST_ID_FOR_ROOT = 1_900_000_000
+_PATHS_IN_A_RECORD = 100
+
+RootfsChoice = Literal["recipe", "host"]
+
+
+class Runtime:
+    """All sandboxes of one installation. A context manager; any number of processes may have one open at once.
+
+    paths say where things live, by default as the environment does (CONTRACT: Environment). progress is called with a
+    line for a person when something takes long. Opening it settles what killed processes left: their execs get an
+    exec.end of status `lost`.
+    """
+
+    def __init__(self, paths: Paths | None = None, *, progress: Callable[[str], None] | None = None) -> None:
+        self.paths = paths or Paths.from_environment()
+        self.audit = AuditLog(self.paths.audit)
+        self._progress = progress or _silent
+        self._actor = f"uid:{os.getuid()}"
+        self._host_id = _HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
+        self._sandboxes = Sandboxes(self.paths.workspaces, owner=self._host_id)
+        self._rootfs = RootfsStore(self.paths.rootfs, shipped("rootfs"))
+        self._profiles = ProfileStore(shipped("seccomp"), self.paths.cache)
+        self._runs = Runs(self.paths.runs)
+        self._settle_lost_runs()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush the audit log to the disk."""
+        self.audit.close()
+
+    # --- sandboxes ---
+
+    def create(
+        self,
+        language: str = "python",
+        *,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl: float | None = None,
+        limits: Mapping[str, float] | None = None,
+        rootfs: RootfsChoice = "recipe",
+    ) -> Sandbox:
+        """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
+
+        InvalidRequestError names what is wrong with a value, NotFoundError an unknown language, ConflictError a name
+        that is taken.
+        """
+        if language not in self._rootfs.languages():
+            known = ", ".join(self._rootfs.languages())
+            raise NotFoundError(f"no recipe for the language {language!r}", remedy=f"take one of: {known}")
+        sandbox = self._sandboxes.create(
+            language=language,
+            name=name,
+            labels=labels or {},
+            ttl=ttl,
+            limits=Limits().changed(limits or {}),
+            rootfs=rootfs,
+        )
+        self._record("sandbox.create", sandbox.id, language=language, name=name, labels=dict(sandbox.labels))
+        return sandbox
+
+    def sandboxes(self, labels: Mapping[str, str] | None = None) -> list[Sandbox]:
+        """Every sandbox that has all these labels, oldest first."""
+        wanted = (labels or {}).items()
+        return [sandbox for sandbox in self._sandboxes.list() if wanted <= sandbox.labels.items()]
+
+    def sandbox(self, reference: str) -> Sandbox:
+        """The sandbox with this id, unique prefix of an id, or name. NotFoundError when there is none."""
+        return self._sandboxes.find(reference)
+
+    def remove(self, reference: str) -> Sandbox:
+        """Remove a sandbox and all its files. ConflictError while an exec is under way in it."""
+        sandbox = self._sandboxes.remove(reference)
+        self._record("sandbox.delete", sandbox.id, name=sandbox.name)
+        return sandbox
+
+    def collect_garbage(self) -> list[Sandbox]:
+        """Remove the sandboxes whose time to live is over, except those in use; return them."""
+        return [self.remove(sandbox.id) for sandbox in self._sandboxes.expired()]
+
+    # --- files ---
+
+    def put(self, reference: str, source: str, to: str = "") -> list[FileInfo]:
+        """Copy a file or folder of the host into the workspace, into the folder `to`; return what was written."""
+        sandbox = self.sandbox(reference)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            written = workspace.put(source, to)
+        self._record_files("files.write", sandbox.id, written)
+        return written
+
+    def write(self, reference: str, path: str, content: bytes) -> FileInfo:
+        """Write one file of the workspace, atomically; folders on the way are made."""
+        sandbox = self.sandbox(reference)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            written = workspace.write(path, [content])
+        self._record_files("files.write", sandbox.id, [written])
+        return written
+
+    def read(self, reference: str, path: str) -> bytes:
+        """The content of one file of the workspace."""
+        with self._sandboxes.hold(self.sandbox(reference).id) as workspace:
+            return b"".join(workspace.read(path))
+
+    def get(self, reference: str, path: str, output: str) -> int:
+        """Copy a file or folder of the workspace to the host; return the bytes copied."""
+        with self._sandboxes.hold(self.sandbox(reference).id) as workspace:
+            return workspace.get(path, output)
+
+    def files(self, reference: str, directory: str = "", *, recursive: bool = False) -> list[FileInfo]:
+        """What is in a folder of the workspace, sorted by path."""
+        with self._sandboxes.hold(self.sandbox(reference).id) as workspace:
+            return list(workspace.files(directory, recursive=recursive))
+
+    # --- execs ---
+
+    def exec(self, request: ExecRequest, streams: Streams | None = None) -> ExecResult:
+        """Run a file of a sandbox's workspace, or a program of its rootfs, in a fresh container.
+
+        Without streams, stdin is request.stdin and the output is in the result. A program that fails is a result; what
+        raises is a failure to run it: ProgramMissingError, NotExecutableError, InvalidRequestError, HostError.
+        """
+        sandbox = self.sandbox(request.sandbox)
+        limits = sandbox.limits.changed(request.limits)
+        rootfs = self._open_rootfs(sandbox.language, request.rootfs or sandbox.rootfs)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            place = Place(
+                sandbox_id=sandbox.id,
+                workspaces=self.paths.workspaces,
+                workspace=self._sandboxes.workspace_path(sandbox.id),
+                files=workspace,
+                host_id=self._host_id,
+            )
+            run_id = new_run_id()
+            with self._runs.begin(run_id, {}) as run:
+                return self._perform(run, run_id, place, rootfs, limits, request, streams)
+
+    def run(
+        self,
+        file: str,
+        request: ExecRequest,
+        streams: Streams | None = None,
+        *,
+        language: str = "python",
+        workspace: str | None = None,
+    ) -> ExecResult:
+        """Run one file of the host, once. request.sandbox and request.filename are not used.
+
+        workspace is a folder to work in, which holds the file; without one, the file is copied alone into a
+        workspace that is gone afterwards.
+        """
+        limits = Limits().changed(request.limits)
+        rootfs = self._open_rootfs(language, request.rootfs or "recipe")
+        run_id = new_run_id()
+        if workspace is None:
+            filename = os.path.basename(file)
+            with (
+                self._runs.begin(run_id, {"ephemeral": run_id}) as run,
+                self._ephemeral_place(run_id, language, file) as place,
+            ):
+                return self._perform(run, run_id, place, rootfs, limits, _named(request, filename), streams)
+        _refuse_own_files(workspace, self.paths)
+        with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id) as place:
+            named = _named(request, _inside(workspace, file))
+            return self._perform(run, run_id, place, rootfs, limits, named, streams)
+
+    # --- rootfs ---
+
+    def rootfs_infos(self) -> list[RootfsInfo]:
+        """Every rootfs that was built or imported."""
+        return self._rootfs.infos()
+
+    def rootfs_build(self, language: str) -> RootfsInfo:
+        """Build the rootfs of a language from its recipe, in place of the one there is."""
+        info = self._rootfs.build(language, progress=self._progress)
+        self._record("rootfs.build", None, language=language, rootfs=info.digest)
+        return info
+
+    def rootfs_import(self, language: str, source: str) -> RootfsInfo:
+        """Make a tar archive the rootfs of a language."""
+        info = self._rootfs.import_archive(language, source, progress=self._progress)
+        self._record("rootfs.import", None, language=language, rootfs=info.digest, source=info.source)
+        return info
+
+    def rootfs_verify(self, language: str | None = None) -> list[RootfsProblem]:
+        """Read every byte of a rootfs, or of all, and name what is not as its digest says."""
+        return self._rootfs.verify(language)
+
+    def rootfs_remove(self, language: str) -> RootfsInfo:
+        """Remove the rootfs of a language."""
+        info = self._rootfs.remove(language)
+        self._record("rootfs.remove", None, language=language, rootfs=info.digest)
+        return info
+
+    # --- within ---
+
+    def _perform(
+        self,
+        run: Run,
+        run_id: str,
+        place: Place,
+        rootfs: Rootfs,
+        limits: Limits,
+        request: ExecRequest,
+        streams: Streams | None,
+    ) -> ExecResult:
+        this = Exec(run, run_id, self._actor, place, rootfs, self._profiles.open(), limits, request)
+        return perform(this, self.audit, streams or Streams())
+
+    def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
+        if choice == "host":
+            return self._rootfs.host(language)
+        return self._rootfs.open(language, progress=self._progress)
+
+    @contextmanager
+    def _ephemeral_place(self, run_id: str, language: str, file: str) -> Iterator[Place]:
+        self._sandboxes.create(language=language, limits=Limits(), ephemeral=run_id)
+        try:
+            with self._sandboxes.hold(run_id) as workspace:
+                workspace.put(file, "")
+                path = self._sandboxes.workspace_path(run_id)
+                yield Place(None, self.paths.workspaces, path, workspace, self._host_id)
+        finally:
+            self._sandboxes.remove(run_id)
+
+    def _settle_lost_runs(self) -> None:
+        """End what a killed process could not end itself: write its exec.end, remove its one-shot workspace."""
+        for lost in self._runs.lost():
+            if self.audit.unended([lost.run_id]):
+                self.audit.append(
+                    "exec.end",
+                    actor=self._actor,
+                    run_id=lost.run_id,
+                    status="lost",
+                    message="the process that ran it was killed",
+                )
+            if "ephemeral" in lost.note:
+                self._sandboxes.discard(lost.note["ephemeral"])
+            lost.settle()
+
+    def _record(self, event: str, sandbox_id: str | None, **fields: Any) -> None:  # noqa: ANN401 - JSON, as audit takes it
+        self.audit.append(event, actor=self._actor, sandbox_id=sandbox_id, **fields)
+
+    def _record_files(self, event: str, sandbox_id: str, files: list[FileInfo]) -> None:
+        self._record(
+            event,
+            sandbox_id,
+            files=len(files),
+            bytes=sum(file.size for file in files if file.type == "file"),
+            paths=[file.path for file in files[:_PATHS_IN_A_RECORD]],
+        )
+
+
+def _silent(_: str) -> None:
+    """Report no progress."""
+
+
+def _named(request: ExecRequest, filename: str) -> ExecRequest:
+    return structs.replace(request, filename=filename)
+
+
+@contextmanager
+def _folder_place(folder: str, host_id: int | None) -> Iterator[Place]:
+    """A folder of the caller's as the workspace. Started by root, its owner is whom the sandbox is outside."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InvalidRequestError(f"cannot use {folder!r} as the workspace: {error.strerror}") from error
+    try:
+        owner = os.fstat(descriptor).st_uid
+        if host_id is not None and owner == 0:
+            raise InvalidRequestError(
+                f"the workspace {folder!r} belongs to root, and root's files are out of any job's reach",
+                remedy="give the folder to an unprivileged user: chown",
+            )
+        absolute = os.path.abspath(folder)
+        yield Place(None, absolute, ".", Workspace(descriptor), None if host_id is None else owner)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_own_files(folder: str, paths: Paths) -> None:
+    """A job could rewrite the audit log, or another sandbox, that lies in its workspace."""
+    chosen = os.path.realpath(folder)
+    for own in (paths.home, paths.workspaces, paths.config):
+        kept = os.path.realpath(own)
+        if os.path.commonpath((chosen, kept)) in {chosen, kept}:
+            raise InvalidRequestError(
+                f"the workspace {folder!r} holds, or lies in, what jhansi-runtime keeps in {own!r}",
+                remedy="take a folder apart from it; a sandbox's own files are run with: jhansi-run exec",
+            )
+
+
+def _inside(folder: str, file: str) -> str:
+    """Return the path of `file` in the folder that must hold it; it is given relative to that, or to here."""
+    if not os.path.isabs(file) and os.path.lexists(os.path.join(folder, file)):
+        return file
+    relative = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
+    if relative.split(os.sep)[0] == os.pardir:
+        raise InvalidRequestError(
+            f"{file!r} is not inside the workspace {folder!r}", remedy="name a file in that folder"
+        )
+    return relative
