@@ -16,8 +16,9 @@ to the disk, and under which boot of the kernel it was written. What is missing 
 was the power cut's, and `audit.repair` says how many records.
 
 Flushing. A written record survives any kill. Against a power cut, fsync="always" flushes before append returns;
-"group" flushes once the oldest unflushed record is 50 ms old: in append, in close, and between the two when the owner,
-who waits for its job anyway, asks flush_in and calls flush. There is no thread and no timer here.
+"group" flushes once the oldest unflushed record is 50 ms old: in append, and in close. There is no thread and no timer
+here, so an owner that stays keeps the 50 ms itself: it calls flush when flush_in says so while it waits for a job,
+and before it falls idle.
 
 What two files cannot show: whoever may write both can write a new chain. An anchor, kept elsewhere, shows that.
 """
@@ -234,6 +235,7 @@ class AuditLog:
         descriptors = (self._log, self._head)
         self._log = self._head = -1
         self._owner = 0
+        self._unflushed_since = None
         for descriptor in descriptors:
             if descriptor >= 0:
                 os.close(descriptor)

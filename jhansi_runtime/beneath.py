@@ -36,6 +36,7 @@ __all__ = [
     "replacing",
     "unlock",
     "walk",
+    "write_all",
 ]
 
 Kind = Literal["file", "directory", "link", "fifo", "socket", "device"]
@@ -122,6 +123,13 @@ def chunks(fd: int, size: int) -> Iterator[bytes]:
     while size > 0 and (chunk := os.read(fd, min(size, CHUNK))):
         size -= len(chunk)
         yield chunk
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it: write(2) may take less, as it does just before the disk is full."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 # --- walking ----------------------------------------------------------------------------------------------
@@ -316,7 +324,10 @@ def _copy_entry(entry: Entry, target: int, owner: int | None) -> int:
 def _copy_content(source: int, target: int, size: int) -> int:
     """Copy up to `size` bytes within the kernel and leave the holes of a sparse file holes. Returns the bytes."""
     if size == 0:  # or a file of /proc, whose size is not known before it is read
-        return sum(os.write(target, chunk) for chunk in iter(lambda: os.read(source, CHUNK), b""))
+        for chunk in iter(lambda: os.read(source, CHUNK), b""):
+            write_all(target, chunk)
+            size += len(chunk)
+        return size
     position = 0
     while position < size:
         try:

@@ -1,16 +1,15 @@
-"""The store of sandboxes: for each a folder with its workspace and, beside it, its settings.
+"""The store of sandboxes: for each a folder that holds its workspace and, beside it, its settings.
 
-    $PETRI_WORKSPACE_ROOT/                 0700
-        .lock                              held while names are compared and folders put in place
-        sb_0123456789abcdef/               0700; a sandbox in use is a shared flock on this folder
-            sandbox.json                   spec.Sandbox, replaced as a whole
-            workspace/                     what a container mounts
-        run_0123456789abcdef/              the same for `jhansi-run run`: locked as long as its maker lives
-        .creating-ID, .removing-ID         not there yet, not there any more
+    $PETRI_WORKSPACE_ROOT/          0700
+        .lock                       held while names are compared and settings change
+        ID/                         0700; whoever uses the sandbox has a shared flock on this folder
+            sandbox.json            spec.Sandbox, replaced as a whole
+            workspace/              what a container mounts
+        .creating-ID .removing-ID   not there yet, not there any more
 
-A folder comes into being and goes by one rename, so whoever is killed leaves a whole sandbox or a dot-name, which
-the next one to create, remove or sweep finishes. Every lock is a flock(2) on a close-on-exec descriptor: it dies with
-its holder.
+An ID is `sb_` and 16 hexadecimal digits; that of a one-shot sandbox is the id of its run. A folder comes and goes by
+one rename: whoever is killed leaves a whole sandbox or a dot-name, which the next to create, remove or sweep clears
+away. Every lock is a flock(2) on a close-on-exec descriptor, so it dies with its holder.
 """
 
 import fcntl
@@ -18,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from msgspec import UNSET, UnsetType
@@ -36,111 +35,53 @@ MOST_LABELS = 64
 LONGEST_LABEL = 256  # characters of a value
 MOST_CANDIDATES = 5  # in a message
 
-_ID = re.compile(r"(?:sb|run)_[0-9a-f]{16}")
+_ID = re.compile(r"sb_[0-9a-f]{16}|run_[0-9a-f]{16,32}")
 _LISTED_ID = re.compile(r"sb_[0-9a-f]{16}")
+_ONE_SHOT_ID = re.compile(r"run_[0-9a-f]{16,32}")
 _ID_PREFIX = re.compile(r"(?:sb_)?([0-9a-f]{1,16})")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _LIKE_AN_ID = re.compile(r"(?:sb|run)_.*|[0-9a-f]{16}")
-_LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,63}")
 
+_LOCK = ".lock"
 _CREATING, _REMOVING = ".creating-", ".removing-"
 _METADATA = "sandbox.json"
 _WORKSPACE = "workspace"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_LIST = "jhansi-run ls"
+_NO_LABELS: Mapping[str, str] = {}
+
+_Listing = list[Sandbox]  # within the class, `list` is its method
 
 
 class Sandboxes:
-    """The sandboxes in one folder, which is made with the first of them.
+    """The sandboxes in one folder, which is made with the first of them. Any number of processes may use it at once.
 
-    Any number of processes may use it at once. What this object itself keeps are the locks on the one-shot sandboxes
-    that it made: as long as the process lives, nobody sweeps those away.
+    owner is the unprivileged id, user and group, that workspaces belong to when root runs us.
     """
 
     def __init__(self, root: str, *, owner: int | None = None) -> None:
         self.root = root
         self.owner = owner
-        self._one_shots: dict[str, int] = {}
-
-    # --- what there is ---
-
-    def find(self, reference: str) -> Sandbox:
-        """The sandbox of that id, unique prefix of an id (with or without `sb_`), or name.
-
-        NotFoundError; InvalidRequestError for a prefix that several ids have; JhansiError when its metadata is
-        damaged. A full id costs one open, whatever the number of sandboxes.
-        """
-        if _ID.fullmatch(reference):
-            return self._read(reference)
-        named = next((sandbox for sandbox in self._readable() if sandbox.name == reference), None)
-        if named:
-            return named
-        prefix = _ID_PREFIX.fullmatch(reference)
-        found = [sandbox_id for sandbox_id in self._ids() if prefix and sandbox_id.startswith(f"sb_{prefix[1]}")]
-        if not found:
-            raise _not_found(reference)
-        if len(found) > 1:
-            candidates = ", ".join(found[:MOST_CANDIDATES]) + (" ..." if len(found) > MOST_CANDIDATES else "")
-            raise InvalidRequestError(
-                f"{reference!r} begins the ids of {len(found)} sandboxes: {candidates}", remedy="give more of the id"
-            )
-        return self._read(found[0])
-
-    def list(self) -> list[Sandbox]:
-        """Every sandbox, oldest first, but the one-shot ones and those that `damaged` tells of."""
-        return sorted(self._readable(), key=lambda sandbox: (sandbox.created_at, sandbox.id))
-
-    def damaged(self) -> "list[JhansiError]":
-        """For each sandbox whose metadata cannot be read, what is wrong with it."""
-        errors = []
-        for sandbox_id in self._ids():
-            try:
-                self._read(sandbox_id)
-            except NotFoundError:
-                continue  # removed meanwhile
-            except JhansiError as error:
-                errors.append(error)
-        return errors
-
-    def expired(self, now: float | None = None) -> "list[Sandbox]":
-        """Those whose time was up at `now`, in seconds since the epoch: at this moment if not given."""
-        moment = instant(time.time() if now is None else now)
-        return [sandbox for sandbox in self.list() if sandbox.expires_at is not None and sandbox.expires_at <= moment]
-
-    def workspace_path(self, sandbox_id: str) -> str:
-        """Where the workspace lies, relative to the root."""
-        return f"{sandbox_id}/{_WORKSPACE}"
-
-    @contextmanager
-    def hold(self, sandbox_id: str) -> Iterator[Workspace]:
-        """Within: the workspace of that id, which nobody can remove meanwhile. Any number may hold it at once."""
-        with (
-            self._folder(sandbox_id, fcntl.LOCK_SH) as folder,
-            open_workspace(_WORKSPACE, owner=self.owner, at=folder) as workspace,
-        ):
-            yield workspace
-
-    # --- what changes it ---
 
     def create(
         self,
         *,
         language: str,
         name: str | None = None,
-        labels: Mapping[str, str] = {},
+        labels: Mapping[str, str] = _NO_LABELS,
         ttl: float | None = None,
         limits: Limits,
         rootfs: Literal["recipe", "host"] = "recipe",
-        ephemeral: bool = False,
+        ephemeral: str | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds from now.
 
-        An ephemeral one is for one shot: it is not listed, is found by its full id alone, and may be swept away by
-        anybody once this process has ended. ConflictError when the name is taken.
+        ephemeral is the run id that a one-shot sandbox takes as its own; it is not listed, and its full id alone
+        finds it. ConflictError when the name is taken.
         """
         now = time.time()
         sandbox = Sandbox(
-            id=("run_" if ephemeral else "sb_") + os.urandom(8).hex(),
+            id=_new_id(ephemeral),
             language=language,
             created_at=instant(now),
             name=_checked_name(name),
@@ -151,41 +92,291 @@ class Sandboxes:
         )
         with explained(self.root):
             os.makedirs(self.root, mode=0o700, exist_ok=True)
-            with self._root() as root:
-                with self._locked(root):
+            with self._opened_root() as root:
+                with _locked(root):
                     self._check_free(name)
-                    self._make(root, sandbox, ephemeral=ephemeral)
-                self._sweep(root)
+                    self._make(root, sandbox, durable=ephemeral is None)
+                with suppress(OSError):  # what cannot be cleared away is for `sweep` to tell
+                    _sweep(root)
         return sandbox
+
+    def find(self, reference: str) -> Sandbox:
+        """The sandbox of that id, of that name, or of the only id that begins so (with or without `sb_`).
+
+        NotFoundError; InvalidRequestError for the beginning of several ids; JhansiError when its metadata is damaged.
+        A full id costs one open, however many sandboxes there are.
+        """
+        if _ID.fullmatch(reference):
+            return self._read(reference)
+        for sandbox in self._readable():
+            if sandbox.name == reference:
+                return sandbox
+        prefix = _ID_PREFIX.fullmatch(reference)
+        found = sorted(name for name in self._ids() if name.startswith(f"sb_{prefix[1]}")) if prefix else []
+        if not found:
+            raise _not_found(reference)
+        if len(found) > 1:
+            candidates = ", ".join(found[:MOST_CANDIDATES]) + (", ..." if len(found) > MOST_CANDIDATES else "")
+            raise InvalidRequestError(
+                f"{reference!r} begins the ids of {len(found)} sandboxes: {candidates}", remedy="give more of the id"
+            )
+        return self._read(found[0])
+
+    def list(self) -> _Listing:
+        """Every sandbox, oldest first, except one-shot ones and those that `damaged` tells of."""
+        return sorted(self._readable(), key=lambda sandbox: (sandbox.created_at, sandbox.id))
+
+    def damaged(self) -> Iterator[JhansiError]:
+        """For each sandbox that cannot be listed, what is wrong with it and what to do."""
+        for sandbox_id in self._ids():
+            try:
+                self._read(sandbox_id)
+            except NotFoundError:
+                continue  # removed meanwhile
+            except JhansiError as error:
+                yield error
+
+    def expired(self, now: float | None = None) -> _Listing:
+        """Those whose time was up at `now`, in seconds since the epoch; at this moment if not given."""
+        moment = instant(time.time() if now is None else now)
+        return [sandbox for sandbox in self.list() if sandbox.expires_at is not None and sandbox.expires_at <= moment]
+
+    def workspace_path(self, sandbox_id: str) -> str:
+        """Where the workspace lies, relative to the root."""
+        return f"{sandbox_id}/{_WORKSPACE}"
+
+    @contextmanager
+    def hold(self, sandbox_id: str) -> Iterator[Workspace]:
+        """Within: the workspace of that id, which cannot be removed meanwhile. Any number may hold it at once."""
+        with (
+            self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder,
+            open_workspace(_WORKSPACE, owner=self.owner, at=folder) as workspace,
+        ):
+            yield workspace
 
     def change(
         self,
         reference: str,
         *,
-        name: str | None | UnsetType = UNSET,
+        name: str | UnsetType | None = UNSET,
         labels: Mapping[str, str] | UnsetType = UNSET,
-        ttl: float | None | UnsetType = UNSET,
+        ttl: float | UnsetType | None = UNSET,
         limits: Limits | UnsetType = UNSET,
     ) -> Sandbox:
         """Change what is given and return the result. None takes a name or an end away; labels replace all labels.
 
-        ttl counts from now. ConflictError when the name is taken.
+        ttl is in seconds from now. ConflictError when the name is taken.
         """
         changes: dict[str, object] = {}
-        if not isinstance(name, UnsetType):
+        if name is not UNSET:
             changes["name"] = _checked_name(name)
-        if not isinstance(labels, UnsetType):
+        if labels is not UNSET:
             changes["labels"] = _checked_labels(labels)
-        if not isinstance(ttl, UnsetType):
+        if ttl is not UNSET:
             changes["expires_at"] = _expiry(ttl, time.time())
-        if not isinstance(limits, UnsetType):
+        if limits is not UNSET:
             changes["limits"] = limits
         sandbox_id = self.find(reference).id
-        with explained(self.root), self._root() as root, self._locked(root):
-            with self._folder(sandbox_id, fcntl.LOCK_SH) as folder:
-                sandbox = self._read(sandbox_id)
-                if changes.get("name") != sandbox.name:
-                    self._check_free(changes.get("name"))
-                sandbox = replace(sandbox, **changes)
-                _write(folder, sandbox)
+        with explained(self.root), self._opened_root() as root, _locked(root):
+            before = self._read(sandbox_id)
+            if isinstance(name, str) and name != before.name:
+                self._check_free(name)
+            after = replace(before, **changes)
+            with self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder:
+                _write(folder, after, durable=True)
+        return after
+
+    def remove(self, reference: str) -> Sandbox:
+        """Remove a sandbox and all that is in its workspace. ConflictError while an exec is under way in it."""
+        sandbox = self.find(reference)
+        self._remove(sandbox.id)
         return sandbox
+
+    def discard(self, sandbox_id: str) -> None:
+        """Remove what there is of that id, whole or not; nothing when there is none. For what a killed process left."""
+        with suppress(NotFoundError):
+            self._remove(sandbox_id)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Clear away what killed processes left half made or half removed."""
+        with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
+            _sweep(root)
+
+    # --- within ---
+
+    def _ids(self) -> Iterator[str]:
+        with suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            yield from (entry.name for entry in entries if _LISTED_ID.fullmatch(entry.name))
+
+    def _readable(self) -> Iterator[Sandbox]:
+        for sandbox_id in self._ids():
+            with suppress(JhansiError):  # `damaged` tells of them
+                yield self._read(sandbox_id)
+
+    def _read(self, sandbox_id: str) -> Sandbox:
+        path = f"{self.root}/{sandbox_id}/{_METADATA}"
+        try:
+            with open(path, "rb", buffering=0) as file:
+                sandbox = from_json(file.read(), Sandbox, where=path)
+        except OSError as error:
+            if not os.path.lexists(f"{self.root}/{sandbox_id}"):
+                raise _not_found(sandbox_id) from None
+            raise _damaged(sandbox_id, f"{path}: {error.strerror}") from None
+        except InvalidRequestError as error:
+            raise _damaged(sandbox_id, error.message) from None
+        if sandbox.id != sandbox_id:
+            raise _damaged(sandbox_id, f"{path} is that of {sandbox.id!r}")
+        return sandbox
+
+    def _check_free(self, name: str | None) -> None:
+        if name is not None and any(sandbox.name == name for sandbox in self._readable()):
+            raise ConflictError(f"there is a sandbox named {name!r} already", remedy="take another name, or remove it")
+
+    @contextmanager
+    def _opened_root(self) -> Iterator[int]:
+        with beneath.closing(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            yield root
+
+    @contextmanager
+    def _locked_folder(self, sandbox_id: str, operation: int) -> Iterator[int]:
+        """Within: the folder of a sandbox, locked, and in its place."""
+        if not _ID.fullmatch(sandbox_id):
+            raise _not_found(sandbox_id)
+        path = f"{self.root}/{sandbox_id}"
+        try:
+            opened = os.open(path, _DIRECTORY)
+        except FileNotFoundError:
+            raise _not_found(sandbox_id) from None
+        with beneath.closing(opened) as folder:
+            try:
+                fcntl.flock(folder, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(sandbox_id, operation) from None
+            try:
+                here = os.stat(path, follow_symlinks=False)
+            except FileNotFoundError:  # whoever had the lock has removed it
+                raise _not_found(sandbox_id) from None
+            if not os.path.samestat(here, os.fstat(folder)):
+                raise _not_found(sandbox_id)
+            yield folder
+
+    def _make(self, root: int, sandbox: Sandbox, *, durable: bool) -> None:
+        creating = _CREATING + sandbox.id
+        try:
+            os.mkdir(creating, 0o700, dir_fd=root)
+            with beneath.closing(os.open(creating, _DIRECTORY, dir_fd=root)) as folder:
+                os.close(beneath.make_directory(folder, _WORKSPACE, self.owner))
+                _write(folder, sandbox, durable=durable)
+            os.rename(creating, sandbox.id, src_dir_fd=root, dst_dir_fd=root)
+        finally:
+            with suppress(FileNotFoundError):
+                beneath.remove(root, creating)
+
+    def _remove(self, sandbox_id: str) -> None:
+        with (
+            self._locked_folder(sandbox_id, fcntl.LOCK_EX),
+            explained(sandbox_id),
+            self._opened_root() as root,
+        ):
+            os.rename(sandbox_id, _REMOVING + sandbox_id, src_dir_fd=root, dst_dir_fd=root)
+            beneath.remove(root, _REMOVING + sandbox_id)
+
+
+# --- the folder on disk -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(root: int) -> Iterator[None]:
+    with beneath.closing(os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=root)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: int, sandbox: Sandbox, *, durable: bool) -> None:
+    with beneath.replacing(folder, _METADATA, None, 0o600) as fd:
+        beneath.write_all(fd, to_json(sandbox, indent=2).encode("ascii"))
+        if durable:
+            os.fsync(fd)
+
+
+def _sweep(root: int) -> None:
+    """Clear away what is half made or half removed and has no living maker or remover."""
+    with _locked(root):  # under this lock everything is made, so what is half made now stays so
+        for name in _dot_names(root, _CREATING):
+            os.rename(name, _REMOVING + name.removeprefix(_CREATING), src_dir_fd=root, dst_dir_fd=root)
+    for name in _dot_names(root, _REMOVING):
+        with (
+            suppress(FileNotFoundError, BlockingIOError),  # its remover was done meanwhile, or is still at it
+            beneath.closing(os.open(name, _DIRECTORY, dir_fd=root)) as folder,
+        ):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            beneath.remove(root, name)
+
+
+def _dot_names(root: int, prefix: str) -> list[str]:
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.name.startswith(prefix)]
+
+
+# --- what is valid ----------------------------------------------------------------------------------------
+
+
+def _new_id(one_shot: str | None) -> str:
+    if one_shot is None:
+        return f"sb_{os.urandom(8).hex()}"
+    if not _ONE_SHOT_ID.fullmatch(one_shot):
+        raise InvalidRequestError(f"{one_shot!r} is not a run id")
+    return one_shot
+
+
+def _checked_name(name: str | None) -> str | None:
+    if name is None or (_NAME.fullmatch(name) and not _LIKE_AN_ID.fullmatch(name)):
+        return name
+    raise InvalidRequestError(
+        f"{name!r} cannot be the name of a sandbox",
+        remedy="take 1 to 64 letters, digits, `.`, `_`, `-`, the first no `.` or `-`, and nothing like an id",
+    )
+
+
+def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    if len(labels) > MOST_LABELS:
+        raise InvalidRequestError(f"there are {len(labels)} labels", remedy=f"take {MOST_LABELS} at most")
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            raise InvalidRequestError(
+                f"{key!r} cannot be the key of a label",
+                remedy="take 1 to 64 letters, digits, `.`, `_`, `-`, `/`, the first a letter, digit or `_`",
+            )
+        if len(value) > LONGEST_LABEL or not value.isprintable():
+            raise InvalidRequestError(
+                f"the value of the label {key!r} is too long or not printable",
+                remedy=f"take at most {LONGEST_LABEL} printable characters",
+            )
+    return dict(labels)
+
+
+def _expiry(ttl: float | None, now: float) -> str | None:
+    if ttl is None:
+        return None
+    if not 0 < ttl <= LONGEST_TTL:
+        raise InvalidRequestError(f"a time to live of {ttl} seconds", remedy="take one above 0 and below 100 years")
+    return instant(now + ttl)
+
+
+def _not_found(reference: str) -> NotFoundError:
+    return NotFoundError(f"there is no sandbox {reference!r}", remedy="jhansi-run ls lists those there are")
+
+
+def _damaged(sandbox_id: str, problem: str) -> JhansiError:
+    return JhansiError(
+        f"the metadata of {sandbox_id} is damaged: {problem}", remedy="mend that file, or delete the folder it lies in"
+    )
+
+
+def _in_use(sandbox_id: str, operation: int) -> JhansiError:
+    if operation == fcntl.LOCK_SH:  # only a remover has it to itself
+        return _not_found(sandbox_id)
+    return ConflictError(
+        f"the sandbox {sandbox_id} is in use by a running exec, or being removed", remedy="wait until that ends"
+    )

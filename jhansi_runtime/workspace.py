@@ -25,7 +25,7 @@ from jhansi_runtime.errors import (
 )
 from jhansi_runtime.spec import FileInfo, instant
 
-__all__ = ["Program", "Workspace", "open_workspace"]
+__all__ = ["Program", "Workspace", "explained", "open_workspace"]
 
 LARGEST_PROGRAM = 1024**3  # bytes; it is hashed before every exec
 MOST_LISTED = 100_000
@@ -56,7 +56,7 @@ class Workspace:
         ProgramMissingError when nothing is there, NotExecutableError when what is there cannot be a program.
         """
         inside = _relative(path)
-        with _explained(path, _PROGRAM_FAILURES), beneath.closing(self._found(inside)) as handle:
+        with explained(path, _PROGRAM_FAILURES), beneath.closing(self._found(inside)) as handle:
             kind = beneath.kind_of(os.fstat(handle))
             if kind != "file":
                 raise NotExecutableError(f"{path!r} is a {kind}, not a program")
@@ -76,20 +76,19 @@ class Workspace:
         InvalidRequestError when there are more than `limit` entries.
         """
         inside = _relative(directory, or_top=True)
-        with _explained(directory), beneath.closing(self._found(inside)) as folder:
+        with explained(directory), beneath.closing(self._found(inside)) as folder:
             for entry in beneath.walk(folder, limit=limit, recursive=recursive):
                 yield _file_info(os.path.join(inside, entry.path), entry.status)
 
-    @contextmanager
-    def read(self, path: str) -> Iterator[Iterator[bytes]]:
-        """Within: the content of a file, chunk by chunk, as long as it was when it was opened."""
-        with _explained(path), beneath.closing(self._found(_relative(path))) as handle:
+    def read(self, path: str) -> Iterator[bytes]:
+        """Yield the content of a file, as long as it was when the first of it was asked for."""
+        inside = _relative(path)
+        with explained(path), beneath.closing(self._found(inside)) as handle:
             kind = beneath.kind_of(os.fstat(handle))
             if kind != "file":
                 raise InvalidRequestError(f"{path!r} is a {kind}, not a file to read")
-            content = beneath.reopen(handle)
-        with beneath.closing(content):
-            yield beneath.chunks(content, os.fstat(content).st_size)
+            with beneath.closing(beneath.reopen(handle)) as content:
+                yield from beneath.chunks(content, os.fstat(content).st_size)
 
     def write(self, path: str, chunks: Iterable[bytes], *, mode: int = 0o644) -> FileInfo:
         """Make or replace a file, and the folders above it; whoever looks sees the old content or the new, whole.
@@ -100,14 +99,12 @@ class Workspace:
         inside = _relative(path)
         above, name = os.path.split(inside)
         with (
-            _explained(path),
+            explained(path),
             beneath.closing(beneath.make_directories(self.fd, above, self.owner)) as parent,
             beneath.replacing(parent, name, self.owner, mode) as fd,
         ):
             for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
+                beneath.write_all(fd, chunk)
         return self._info(inside)
 
     def remove(self, path: str) -> None:
@@ -115,7 +112,7 @@ class Workspace:
         above, name = os.path.split(_relative(path))
         if not name:
             raise InvalidRequestError("the workspace itself cannot be removed", remedy="remove the sandbox instead")
-        with _explained(path), beneath.closing(beneath.open_path(self.fd, above, follow=False)) as parent:
+        with explained(path), beneath.closing(beneath.open_path(self.fd, above, follow=False)) as parent:
             beneath.remove(parent, name)
 
     def put(self, source: str, to: str = "") -> list[FileInfo]:
@@ -131,14 +128,14 @@ class Workspace:
             raise InvalidRequestError(
                 f"{source!r} has no name to copy it under", remedy="name a file or a folder in it"
             )
-        with _explained(source):
+        with explained(source):
             handle = os.open(source, os.O_PATH | os.O_CLOEXEC)
         with beneath.closing(handle):
             kind = _copied_kind(handle, source)
             if kind == "directory":
                 self._check_source(handle, source)
             inside = os.path.join(folder, name)
-            with _explained(inside), beneath.closing(beneath.make_directories(self.fd, folder, self.owner)) as parent:
+            with explained(inside), beneath.closing(beneath.make_directories(self.fd, folder, self.owner)) as parent:
                 if kind == "file":
                     beneath.copy_file(handle, parent, name, self.owner)
                     return [self._info(inside)]
@@ -159,13 +156,13 @@ class Workspace:
         if os.path.isdir(output):
             output = os.path.join(output, os.path.basename(inside) or "workspace")
         above, name = os.path.split(os.path.abspath(output))
-        with _explained(path):
+        with explained(path):
             handle = self._found(inside)
         with beneath.closing(handle):
             kind = _copied_kind(handle, path)
-            with _explained(output):
+            with explained(output):
                 parent = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            with beneath.closing(parent), _explained(output):
+            with beneath.closing(parent), explained(output):
                 if kind == "file":
                     return beneath.copy_file(handle, parent, name, None)
                 return _copy_out(handle, parent, name, left_out)
@@ -198,7 +195,7 @@ def open_workspace(path: str, *, owner: int | None = None, at: int | None = None
 
     A job may have taken its workspace's permissions away; they are given back, for it is the host's to lend.
     """
-    with _explained(path):
+    with explained(path):
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     with beneath.closing(fd):
         beneath.unlock(fd)
@@ -305,7 +302,7 @@ _PROGRAM_FAILURES: _Failures = {
 
 
 @contextmanager
-def _explained(path: str, failures: _Failures = _FAILURES) -> Iterator[None]:
+def explained(path: str, failures: _Failures = _FAILURES) -> Iterator[None]:
     """Turn an OSError into what it means for this path; one that means nothing to a user stays what it is."""
     try:
         yield

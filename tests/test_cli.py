@@ -20,15 +20,15 @@ from jhansi_runtime.spec import Limits
 
 # Says when it runs, then tells of each signal it gets; SIGTERM and SIGINT it obeys.
 LISTENER = """
-import signal, sys
+import os, signal
 def told(number, frame):
-    print(signal.Signals(number).name, flush=True)
+    os.write(1, signal.Signals(number).name.encode() + b"\\n")
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, told)
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
@@ -142,7 +142,8 @@ def test_an_error_is_one_line_with_status_125(jhansi, words):
 def test_an_error_about_a_hostile_name_keeps_to_its_line_and_sends_no_escapes(jhansi):
     answer = jhansi("show", b"a\n\x1b[31m\xff")
     assert answer.stderr.count("\n") == 1
-    assert "a\\n\\x1b[31m\\xff" in answer.stderr
+    assert answer.stderr.rstrip("\n").isprintable()
+    assert "a\\n\\x1b[31m" in answer.stderr
 
 
 def test_without_arguments_the_help_is_shown(jhansi):
@@ -385,7 +386,8 @@ def test_run_in_a_folder_of_the_host_keeps_what_the_program_leaves(jhansi, tmp_p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_us_ends_the_job_then_us_with_the_record_written(start, program, jhansi, number):
     program(LISTENER)
-    process = start("exec", "box", "main.py")
+    # Who runs the tests may ignore a signal, as nohup does, and so would jhansi-run.
+    process = start("exec", "box", "main.py", preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.communicate()[0] == f"{number.name}\n"
@@ -413,10 +415,11 @@ def test_a_signal_we_were_started_to_ignore_stays_ignored(start, program):
     assert process.stdout.readline() == "SIGUSR1\n"
 
 
-def on_terminal(start, *words, typed):
-    """Run a jhansi-run whose stdio is one terminal; its exit status and all the terminal showed."""
+def on_terminal(start, *words, typed=b"", **others):
+    """Run a jhansi-run whose stdio, but for the others, is one terminal; its exit status and all the terminal showed."""
     ours, theirs = pty.openpty()
-    process = start(*words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs} | others
+    process = start(*words, start_new_session=True, **streams)
     os.close(theirs)
     os.write(ours, typed)
     shown = b""
@@ -429,12 +432,13 @@ def on_terminal(start, *words, typed):
     return process.wait(), shown.decode()
 
 
-def test_on_a_terminal_the_program_has_one_and_elsewhere_it_has_none(start, program, jhansi):
-    program("import os, sys; print([os.isatty(n) for n in range(3)], os.environ.get('TERM'))")
-    status, shown = on_terminal(start, "exec", "box", "main.py", typed=b"")
-    assert status == 0
-    assert f"[True, True, True] {os.environ.get('TERM')}" in shown
-    assert jhansi("exec", "box", "main.py", input="").stdout == "[False, False, False] None\n"
+def test_each_stream_that_is_a_terminal_here_is_one_for_the_program_and_no_other(start, program, jhansi, environment):
+    program("import os, sys; print([os.isatty(n) for n in range(3)], os.environ.get('TERM'), flush=True)")
+    words, here = ("exec", "box", "main.py"), {"env": environment | {"TERM": "vt52"}}
+    assert jhansi(*words, input="", **here).stdout == "[False, False, False] None\n"
+    assert on_terminal(start, *words, **here) == (0, "[True, True, True] vt52\r\n")
+    without_stdin = on_terminal(start, *words, stdin=subprocess.DEVNULL, **here)
+    assert (without_stdin[0], without_stdin[1].strip()) == (0, "[False, True, True] vt52")
 
 
 def test_a_shell_is_interactive_in_the_workspace_and_ends_with_its_status(start, program):

@@ -21,34 +21,36 @@ class May(NamedTuple):
     others: str = ""
 
 
-BASE = "errors spec paths quantities remedies"
+BASE = "errors spec paths quantities remedies isolation.syscalls"
 
 # A folder's entry holds for every module in it; those may always import each other. From the bottom up:
 TABLE = {
     "errors": May(),
+    "remedies": May(),
     "paths": May("errors"),
     "quantities": May("errors"),
-    "remedies": May(),
     "rendering": May("errors"),
     "spec": May("errors", "msgspec"),
-    # The trusted core knows nothing of the rest. pyseccomp and pyroute2 are not loaded by an exec: see test_imports.
-    "isolation": May("", "prctl pyseccomp pyroute2"),
+    # The trusted core knows nothing of the rest. It loads pyseccomp only to compile a profile, never for an exec.
+    "isolation": May("", "prctl pyseccomp"),
     "engine": May("isolation errors spec remedies", "psutil"),
-    # The stores do not know each other; what stands beside a store's BASE is its own half in another file.
-    "tree": May(f"{BASE} isolation.syscalls"),
-    "archive": May(
-        f"{BASE} isolation.syscalls tree", "zstandard compression"
-    ),  # the latter is Python's own from 3.14 on
-    "debian": May(f"{BASE} isolation"),
-    "rootfs": May(f"{BASE} isolation.syscalls tree archive debian"),
-    "workspace": May(f"{BASE} isolation.syscalls"),
-    "sandboxes": May(f"{BASE} isolation.syscalls workspace", "msgspec"),
+    # The stores do not know each other: what stands beside BASE is a store's own half in another file.
+    "beneath": May(BASE),
+    "workspace": May(f"{BASE} beneath"),
+    "sandboxes": May(f"{BASE} beneath workspace", "msgspec"),
+    "tree": May(BASE),
+    # compression is the standard library's from Python 3.14 on.
+    "archive": May(f"{BASE} tree", "zstandard compression"),
+    "debian": May(BASE, "prctl pyseccomp"),
+    "rootfs": May(f"{BASE} tree archive debian", "msgspec"),
+    "profiles": May(f"{BASE} isolation.seccomp"),
     "chain": May("errors"),
-    "audit": May(f"{BASE} isolation.syscalls chain"),
-    "runs": May(f"{BASE} isolation.syscalls"),
-    "doctor": May(f"{BASE} isolation", "prctl pyseccomp"),
-    # The verbs are the only composer.
-    "runtime": May(f"{BASE} isolation engine rootfs sandboxes workspace audit runs doctor", "msgspec"),
+    "audit": May(f"{BASE} chain"),
+    "runs": May(BASE),
+    "doctor": May(f"{BASE} isolation profiles", "prctl pyseccomp"),
+    # The verbs, and the one exec among them, are the only composers.
+    "execution": May(f"{BASE} isolation engine rootfs profiles workspace audit runs", "msgspec"),
+    "runtime": May(f"{BASE} execution engine rootfs profiles sandboxes workspace audit runs doctor", "msgspec"),
     "cli": May(f"{BASE} rendering runtime engine audit doctor", "click msgspec"),
     "__init__": May("errors spec paths runtime"),
     "__main__": May("errors cli"),

@@ -196,9 +196,7 @@ def _exec(
         _build_missing_rootfs(runtime, request, one_shot)
         with _forwarded_signals() as signals:
             streams = _streams(stdin, signals.control, captured=as_json)
-            if streams.terminal and "TERM" in os.environ:
-                request["env"] = {"TERM": os.environ["TERM"], **request["env"]}
-            record = ExecRequest(**request)
+            record = ExecRequest(**(request | {"env": _terminal_type(streams) | request["env"]}))
             if one_shot is None:
                 result = runtime.exec(record, streams)
             else:
@@ -224,13 +222,20 @@ def _build_missing_rootfs(runtime: "Runtime", request: dict[str, Any], one_shot:
 
 
 def _streams(stdin: int, control: int, *, captured: bool) -> "Streams":
-    """Our own stdio as the job's; a terminal of its own where both ends of ours are one."""
+    """Our own stdio as the job's, and a terminal of its own for what of ours is one; or the output in the result."""
     from jhansi_runtime.engine import Streams  # noqa: PLC0415 - a usage error needs no engine
 
     if captured:
         return Streams(stdin=stdin, stdout=None, stderr=None, control=control, terminal=False)
-    terminal = os.isatty(stdin) and os.isatty(1)
-    return Streams(stdin=stdin, stdout=1, stderr=2, control=control, terminal=terminal)
+    return Streams(stdin=stdin, stdout=1, stderr=2, control=control, terminal=True)
+
+
+def _terminal_type(streams: "Streams") -> dict[str, str]:
+    """TERM as it is here, for a job with a terminal; nothing else of our environment reaches it unasked."""
+    terminal = any(
+        stream is not None and os.isatty(stream) for stream in (streams.stdin, streams.stdout, streams.stderr)
+    )
+    return {"TERM": os.environ["TERM"]} if terminal and "TERM" in os.environ else {}
 
 
 @contextmanager

@@ -101,12 +101,19 @@ class Channel:
     def send(self, kind: bytes, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
         """Send one message, passing descriptors along."""
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        self._socket.sendmsg([kind + body], rights, _socket.MSG_NOSIGNAL)
+        try:
+            self._socket.sendmsg([kind + body], rights, _socket.MSG_NOSIGNAL)
+        except ConnectionResetError as error:  # likewise; the other end is gone all the same
+            raise BrokenPipeError(error.errno, "the other end of the channel is gone") from error
 
     def receive(self) -> tuple[bytes, bytes, list[int]]:
         """Wait for one message: (kind, body, passed descriptors, close-on-exec). (b"", b"", []) at the end."""
         space = _socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
-        packet, ancillary, flags, _ = self._socket.recvmsg(_PACKET, space, _socket.MSG_CMSG_CLOEXEC)
+        try:
+            packet, ancillary, flags, _ = self._socket.recvmsg(_PACKET, space, _socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            # Said once, ahead of what the other end had sent, when that end closed without reading our last message.
+            packet, ancillary, flags, _ = self._socket.recvmsg(_PACKET, space, _socket.MSG_CMSG_CLOEXEC)
         descriptors = array.array("i")
         for level, kind, data in ancillary:
             if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):

@@ -37,21 +37,25 @@ def launch(container: Container) -> Init:
     Whoever calls this must have one thread, must wait for the pid, and takes the container along when it dies.
     """
     ours, theirs = messages.pair()
+    pid = pidfd = -1
+    mapped = False
     try:
         pid, pidfd = clone3(NAMESPACES)
         if pid == 0:
             inside.main(container, theirs)
-        try:
-            idmap.map_from_parent(pid, container.host_id)
-            ours.send(messages.MAPPED)
-        except OSError:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            os.close(pidfd)
-            raise
-    except OSError:
-        ours.close()
-        raise
+        idmap.map_from_parent(pid, container.host_id)
+        ours.send(messages.MAPPED)
+        mapped = True
     finally:
         theirs.close()
+        if not mapped:
+            ours.close()
+            _end(pid, pidfd)
     return Init(pid, pidfd, ours)
+
+
+def _end(pid: int, pidfd: int) -> None:
+    if pid > 0:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
