@@ -8,13 +8,15 @@ from typing import NoReturn
 
 from jhansi_runtime.errors import JhansiError
 
+INTERRUPTED = 130  # 128 + SIGINT
+
 
 def main() -> NoReturn:
     """Run the command line of this process and end the process with its status."""
     # A collection during the imports walks thousands of new objects and finds nothing, a dozen times; and a command
     # is too short to make garbage worth finding later.
     gc.disable()
-    sys.excepthook = _report_defect
+    sys.excepthook = _end_unfinished
     _complete_stdio()
     from jhansi_runtime.cli import run  # noqa: PLC0415 - with the collector off
 
@@ -34,10 +36,10 @@ def _complete_stdio() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - for the whole run
 
 
-def _report_defect(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """A defect of ours: the traceback, the error line, and a status that is not taken for a program's own 1."""
-    if kind is KeyboardInterrupt:  # while still importing
-        os._exit(128 + 2)
+def _end_unfinished(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> NoReturn:
+    """Ctrl-C ends us quietly. Anything else is a defect: the traceback, and a status that is no program's own 1."""
+    if kind is KeyboardInterrupt:
+        os._exit(INTERRUPTED)
     sys.__excepthook__(kind, error, traceback)
     print(f"jhansi-run: error: a defect of jhansi-runtime ({kind.__name__}), please report it", file=sys.stderr)
     os._exit(JhansiError.exit_code)

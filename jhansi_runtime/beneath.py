@@ -30,6 +30,7 @@ __all__ = [
     "make_directories",
     "make_directory",
     "obstacle",
+    "open_directory",
     "open_path",
     "remove",
     "reopen",
@@ -55,6 +56,7 @@ _KINDS: dict[int, Kind] = {
     stat.S_IFBLK: "device",
 }
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 # What a path can turn into between the moment its folder was listed and the moment it is opened.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
@@ -97,9 +99,13 @@ def open_path(top: int, path: str, *, follow: bool) -> int:
     what gets opened.
     """
     if follow:
-        return openat2(top, path or ".", os.O_PATH, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
-    resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
-    return openat2(top, path or ".", _HANDLE, resolve=resolve)
+        return openat2(top, path or ".", os.O_PATH, resolve=_BENEATH)
+    return openat2(top, path or ".", _HANDLE, resolve=_BENEATH | RESOLVE_NO_SYMLINKS)
+
+
+def open_directory(top: int, path: str) -> int:
+    """O_PATH descriptor of the folder `path` beneath `top`. ELOOP for any link, ENOTDIR for what is no folder."""
+    return openat2(top, path or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH | RESOLVE_NO_SYMLINKS)
 
 
 def reopen(handle: int) -> int:
@@ -209,18 +215,13 @@ def _names(folder: int, prefix: str, room: int) -> list[str]:
 
 def make_directories(top: int, path: str, owner: int | None) -> int:
     """Return an O_PATH descriptor of the folder `path` beneath `top`, made with all above it where missing."""
-    try:
-        handle = open_path(top, path, follow=False)
-    except FileNotFoundError:
-        handle = os.open(".", _HANDLE | os.O_DIRECTORY, dir_fd=top)
-        for name in path.split("/"):
-            with closing(handle):
-                handle = make_directory(handle, name, owner)
-        return handle
-    if stat.S_ISDIR(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    with suppress(FileNotFoundError):
+        return open_directory(top, path)
+    folder = open_directory(top, "")
+    for name in path.split("/"):
+        with closing(folder):
+            folder = make_directory(folder, name, owner)
+    return folder
 
 
 def make_directory(parent: int, name: str, owner: int | None) -> int:
@@ -299,7 +300,7 @@ def copy_folder(
             if stat.S_ISDIR(entry.status.st_mode):
                 folders.append((entry.path, entry.status))
         for path, status in reversed(folders):
-            with closing(open_path(target, path, follow=False)) as handle:
+            with closing(open_directory(target, path)) as handle:
                 place = f"/proc/self/fd/{handle}"
                 os.chmod(place, status.st_mode & 0o777)
                 os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -308,7 +309,7 @@ def copy_folder(
 def _copy_entry(entry: Entry, target: int, owner: int | None) -> int:
     """Copy one entry to the same path beneath `target`; the folder that holds it is there. Returns bytes of content."""
     above, name = os.path.split(entry.path)
-    with closing(open_path(target, above, follow=False)) as parent:
+    with closing(open_directory(target, above)) as parent:
         match kind_of(entry.status):
             case "directory":
                 with closing(make_directory(parent, name, owner)) as folder:

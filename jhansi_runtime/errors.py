@@ -31,6 +31,7 @@ __all__ = [
     "NotFoundError",
     "ProgramMissingError",
     "RootfsError",
+    "StepFailedError",
 ]
 
 
@@ -91,6 +92,15 @@ class HostError(JhansiError):
     """This host cannot isolate, or a step of the isolation failed: nothing was run."""
 
     http_status = 503
+
+
+class StepFailedError(HostError):
+    """A step of isolation failed. step is its name, reason what the kernel said."""
+
+    def __init__(self, step: str, reason: str, *, remedy: str | None = None) -> None:
+        super().__init__(f"isolation failed at the step '{step}': {reason}", remedy=remedy)
+        self.step = step
+        self.reason = reason
 
 
 class RootfsError(JhansiError):

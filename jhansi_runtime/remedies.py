@@ -1,64 +1,140 @@
-"""The line that mends a host, for each way it can fail to isolate. Quoted by the doctor and by every such failure."""
+"""The line that mends a host, for each way it can fail to isolate. Quoted by the doctor and by every such failure.
+
+A remedy says when it needs root; what then stands between `run as root: ` and a parenthesis can be pasted.
+"""
 
 import errno
+import os
+from typing import NamedTuple
 
-__all__ = ["remedy_for"]
+__all__ = [
+    "ASK_DOCTOR",
+    "COVERED_PROC",
+    "OLDEST_KERNEL",
+    "SETTINGS",
+    "Setting",
+    "covered_proc",
+    "kernel_version",
+    "remedy_for",
+]
 
-# A setting of the host, the value that forbids user namespaces to ordinary users, and what allows them.
-_SETTINGS = (
-    (
-        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-        "1",
-        "run as root: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
-    ),
-    ("/proc/sys/kernel/unprivileged_userns_clone", "0", "run as root: sysctl -w kernel.unprivileged_userns_clone=1"),
-    ("/proc/sys/user/max_user_namespaces", "0", "run as root: sysctl -w user.max_user_namespaces=15000"),
+OLDEST_KERNEL = (5, 12)  # mount_setattr(2), the youngest call that is needed
+ASK_DOCTOR = "run: jhansi-run doctor"
+
+
+class Setting(NamedTuple):
+    """A sysctl, the value with which it forbids namespaces, and one with which it allows them."""
+
+    name: str
+    forbidding: str
+    allowing: str
+
+    @property
+    def remedy(self) -> str:
+        """The line that allows them."""
+        line = f"sysctl -w {self.name}={self.allowing}"
+        return f"run as root: {line} (it lasts until the next boot; a file in /etc/sysctl.d keeps it)"
+
+    def value(self) -> str | None:
+        """What it is now, for this user namespace; None where the kernel has no such setting, or hides it."""
+        try:
+            with open("/proc/sys/" + self.name.replace(".", "/"), encoding="ascii") as file:
+                return file.read().strip()
+        except (FileNotFoundError, PermissionError):
+            return None
+
+    def forbids(self) -> bool:
+        """Whether it forbids namespaces now."""
+        return self.value() == self.forbidding
+
+
+_PERMISSIONS = (
+    Setting("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),  # Ubuntu
+    Setting("kernel.unprivileged_userns_clone", "0", "1"),  # Debian
 )
-_KERNEL = "this needs Linux 5.12 or newer with clone3, openat2 and mount_setattr; boot such a kernel"
-_MASKED_PROC = (
-    "this host is itself a container that hides parts of /proc; start that container with an unmasked /proc "
-    "(podman --security-opt unmask=ALL, docker --security-opt systempaths=unconfined)"
+_COUNTS = tuple(  # namespaces(7): The /proc/sys/user directory
+    Setting(f"user.max_{kind}_namespaces", "0", "15000")
+    for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 )
-_OUTER_FILTER = (
-    "something around this process forbids it; in a container, start that with --security-opt seccomp=unconfined "
-    "--security-opt apparmor=unconfined"
+SETTINGS = (*_PERMISSIONS, *_COUNTS)
+
+_OLD_KERNEL = "boot Linux 5.12 or newer: clone3, openat2 and mount_setattr are needed"
+_OUTER_RULES = (
+    "something around this process forbids it: start the container that this is with --security-opt seccomp=unconfined "
+    "--security-opt apparmor=unconfined, or the systemd service without RestrictNamespaces= and SystemCallFilter="
 )
+COVERED_PROC = (
+    "this host is itself a container that masks parts of /proc: start that container with an unmasked one "
+    "(podman: --security-opt unmask=ALL, docker: --security-opt systempaths=unconfined)"
+)
+_OUTER_COUNT = (
+    "a namespace around this one has reached its limit; on the machine itself, run as root: "
+    "sysctl -w user.max_user_namespaces=15000 (or nest less: 32 levels are the kernel's own limit)"
+)
+_ROOT_WITHOUT_IDS = "this root may not give a job an unprivileged id, as in many containers: run it as an ordinary user"
+_BY_ERRNO = {
+    errno.ENOMEM: "free memory, or run fewer execs at once",
+    errno.EAGAIN: "there are too many processes: raise `ulimit -u`, or the limit of the container or service around",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "run as root: sysctl -w fs.file-max=1000000 (the machine has too many files open)",
+}
+# Here a refusal is about the permissions of a folder of the user's, not about what the host allows.
+_STEPS_ON_FILES = frozenset({"sources", "workspace", "working directory"})
+
+# Directories of /proc that are there, and empty for good, to be mounted on: what covers one hides nothing.
+_EMPTY_IN_PROC = ("/sys/fs/binfmt_misc", "/fs/nfsd", "/openprom")
 
 
 def remedy_for(step: str, number: int) -> str | None:
     """Return what mends a host on which this step of isolation failed with this errno, if that is known."""
     if number == errno.ENOSYS:
-        return _KERNEL
-    if step in {"namespaces", "user namespace", "ids", "user namespace limit"}:
-        return _namespace_remedy(number)
-    if step == "mounts":
-        # mount(2) of proc answers EPERM when every proc in sight hides something (mount_too_revealing in the kernel).
-        return _namespace_remedy(number) if _restricted() else _MASKED_PROC
-    if number in {errno.EPERM, errno.EACCES}:
-        return _namespace_remedy(number)
-    if number == errno.ENOMEM:
-        return "free memory, or lower the number of execs at once"
-    return "run: jhansi-run doctor"
-
-
-def _restricted() -> bool:
-    return any(_reads(path, forbidding) for path, forbidding, _ in _SETTINGS)
-
-
-def _namespace_remedy(number: int) -> str:
-    for path, forbidding, remedy in _SETTINGS:
-        if _reads(path, forbidding):
-            return remedy
+        return _OLD_KERNEL if kernel_version() < OLDEST_KERNEL else _OUTER_RULES
+    if step in _STEPS_ON_FILES:
+        return None
     if number in {errno.ENOSPC, errno.EUSERS}:
-        return (
-            "run as root: sysctl -w user.max_user_namespaces=15000 (the limit, or the nesting depth of 32, is reached)"
-        )
-    return _OUTER_FILTER
+        return _count_remedy(step)
+    if number in {errno.EPERM, errno.EACCES, errno.EROFS}:
+        return _permission_remedy(step, number)
+    return _BY_ERRNO.get(number)
 
 
-def _reads(path: str, value: str) -> bool:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read().strip() == value
-    except FileNotFoundError:
-        return False
+def kernel_version() -> tuple[int, int]:
+    """Major and minor number of the running kernel, as uname(2) tells it."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)
+
+
+def covered_proc() -> list[str]:
+    """What is mounted over parts of /proc; nothing where one proc is in sight that hides nothing.
+
+    Only then does the kernel let an ordinary user mount another (mount_too_revealing in its fs/namespace.c).
+    """
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split() for line in file]
+    covers: list[str] = []
+    for identity, _, _, root, place, options, *rest in mounts:
+        if root != "/" or rest[rest.index("-") + 1] != "proc":
+            continue
+        empty = {place + path for path in _EMPTY_IN_PROC}
+        above = [mount[4] for mount in mounts if mount[1] == identity and mount[4] not in empty]
+        if "ro" in options.split(","):
+            above.append(f"{place} (read-only)")
+        if not above:
+            return []
+        covers += above
+    return covers
+
+
+def _count_remedy(step: str) -> str:
+    if step == "mounts":
+        return "run as root: sysctl -w fs.mount-max=100000 (there are too many mounts)"
+    return next((setting.remedy for setting in _COUNTS if setting.forbids()), _OUTER_COUNT)
+
+
+def _permission_remedy(step: str, number: int) -> str:
+    # A container's read-only /proc/sys refuses the write of a limit, its masked /proc the mount of a new one.
+    if (number == errno.EROFS or step == "mounts") and covered_proc():
+        return COVERED_PROC
+    if step == "id map" and os.geteuid() == 0:
+        return _ROOT_WITHOUT_IDS
+    return next((setting.remedy for setting in _PERMISSIONS if setting.forbids()), _OUTER_RULES)

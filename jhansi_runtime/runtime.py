@@ -15,6 +15,7 @@ from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.engine import Streams
 from jhansi_runtime.errors import InvalidRequestError, NotFoundError
 from jhansi_runtime.execution import Exec, Place, perform
+from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
 from jhansi_runtime.profiles import ProfileStore
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
@@ -25,8 +26,6 @@ from jhansi_runtime.workspace import Workspace
 
 __all__ = ["Runtime"]
 
-# Whom a sandbox is outside when root starts it: an id that no system hands out (systemd's UIDS-GIDS: unused range).
-_HOST_ID_FOR_ROOT = 1_900_000_000
 _PATHS_IN_A_RECORD = 100
 
 RootfsChoice = Literal["recipe", "host"]
@@ -45,7 +44,7 @@ class Runtime:
         self.audit = AuditLog(self.paths.audit)
         self._progress = progress or _silent
         self._actor = f"uid:{os.getuid()}"
-        self._host_id = _HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
+        self._host_id = HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
         self._sandboxes = Sandboxes(self.paths.workspaces, owner=self._host_id)
         self._rootfs = RootfsStore(self.paths.rootfs, shipped("rootfs"))
         self._profiles = ProfileStore(shipped("seccomp"), self.paths.cache)

@@ -78,7 +78,7 @@ class Workspace:
         inside = _relative(directory, or_top=True)
         with explained(directory), beneath.closing(self._found(inside)) as folder:
             for entry in beneath.walk(folder, limit=limit, recursive=recursive):
-                yield _file_info(os.path.join(inside, entry.path), entry.status)
+                yield _file_info(_joined(inside, entry.path), entry.status)
 
     def read(self, path: str) -> Iterator[bytes]:
         """Yield the content of a file, as long as it was when the first of it was asked for."""
@@ -112,7 +112,7 @@ class Workspace:
         above, name = os.path.split(_relative(path))
         if not name:
             raise InvalidRequestError("the workspace itself cannot be removed", remedy="remove the sandbox instead")
-        with explained(path), beneath.closing(beneath.open_path(self.fd, above, follow=False)) as parent:
+        with explained(path), beneath.closing(beneath.open_directory(self.fd, above)) as parent:
             beneath.remove(parent, name)
 
     def put(self, source: str, to: str = "") -> list[FileInfo]:
@@ -134,14 +134,14 @@ class Workspace:
             kind = _copied_kind(handle, source)
             if kind == "directory":
                 self._check_source(handle, source)
-            inside = os.path.join(folder, name)
+            inside = _joined(folder, name)
             with explained(inside), beneath.closing(beneath.make_directories(self.fd, folder, self.owner)) as parent:
                 if kind == "file":
                     beneath.copy_file(handle, parent, name, self.owner)
                     return [self._info(inside)]
                 entries = beneath.walk(handle, limit=MOST_COPIED)
                 paths = [path for path, _ in beneath.copy_folder(handle, entries, parent, name, self.owner)]
-                return [self._info(os.path.join(inside, path)) for path in paths]
+                return [self._info(_joined(inside, path)) for path in paths]
 
     def get(self, path: str, output: str, *, left_out: Callable[[str], None] | None = None) -> int:
         """Copy a file or folder out to `output` on the host, or into it where that is a folder. Returns bytes.
@@ -223,6 +223,10 @@ def _relative(path: str, *, or_top: bool = False) -> str:
     except UnicodeEncodeError:
         raise InvalidRequestError(f"{path!r} is not a file name in this host's encoding") from None
     return "/".join(parts)
+
+
+def _joined(above: str, below: str) -> str:
+    return f"{above}/{below}" if above and below else above or below
 
 
 def _file_info(path: str, status: os.stat_result) -> FileInfo:

@@ -47,7 +47,7 @@ TABLE = {
     "chain": May("errors"),
     "audit": May(f"{BASE} chain"),
     "runs": May(BASE),
-    "doctor": May(f"{BASE} isolation profiles", "prctl pyseccomp"),
+    "doctor": May(f"{BASE} isolation engine profiles rootfs"),
     # The verbs, and the one exec among them, are the only composers.
     "execution": May(f"{BASE} isolation engine rootfs profiles workspace audit runs", "msgspec"),
     "runtime": May(f"{BASE} execution engine rootfs profiles sandboxes workspace audit runs doctor", "msgspec"),

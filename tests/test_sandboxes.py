@@ -255,9 +255,8 @@ def test_a_removed_sandbox_leaves_nothing(store):
 def test_a_held_sandbox_cannot_be_removed_until_all_let_go(store):
     made = create(store)
 
-    with store.hold(made.id), store.hold(made.id):
-        with pytest.raises(ConflictError, match="in use"):
-            store.remove(made.id)
+    with store.hold(made.id), store.hold(made.id), pytest.raises(ConflictError, match="in use"):
+        store.remove(made.id)
     assert store.find(made.id) == made
     store.remove(made.id)
     assert left(store) == []
@@ -359,7 +358,6 @@ import os, signal, sys
 from jhansi_runtime.sandboxes import Sandboxes
 from jhansi_runtime.spec import Limits
 store, victim, countdown = Sandboxes(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-CALLS = {"mkdir", "open", "rename", "unlink", "rmdir", "write", "fsync", "chmod", "fchmod", "scandir"}
 
 def count(name, arguments):
     # An audit event comes before the call it names: so this dies in front of each change to the disk in turn.

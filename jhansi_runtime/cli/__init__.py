@@ -25,7 +25,6 @@ __all__ = ["COMPLETION_VARIABLE", "PROGRAM", "jhansi_run", "run"]
 
 PROGRAM = "jhansi-run"
 COMPLETION_VARIABLE = "_JHANSI_RUN_COMPLETE"
-INTERRUPTED = 130  # 128 + SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 MODULE_OF = {
@@ -89,8 +88,6 @@ def run(arguments: Sequence[str]) -> int:
         status = _fail(str(error), status=error.exit_code)
     except BrokenPipeError:
         status = PIPE_CLOSED
-    except KeyboardInterrupt:
-        status = INTERRUPTED
     except OSError as error:
         status = _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     return status

@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import Literal, NamedTuple
 
 from jhansi_runtime.engine.pump import Output
-from jhansi_runtime.engine.slot import Slot, step_failed
+from jhansi_runtime.engine.slot import Reaped, Slot, step_failed
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation.channel import Failure, Order, Outcome
@@ -55,18 +55,19 @@ class Ended(NamedTuple):
 
 
 def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout: float, output_bytes: int) -> Ended:
-    """Run one order in a slot and close the slot. `stdin` is fed when streams.stdin is None; timeout is in seconds.
+    """Run one order in a slot, which its owner then closes. `stdin` is fed when streams.stdin is None; timeout is in seconds.
 
     HostError when a step of isolation fails: nothing was run. OSError when the host's own streams cannot be used.
     """
-    with slot, Wiring(streams, stdin) as wiring:
+    with Wiring(streams, stdin) as wiring:
         size = wiring.size
         slot.start(order._replace(terminal=size, on_terminal=wiring.on_terminal), wiring.passed)
         wiring.passed_on()
         run = _Run(slot, wiring, streams.control, timeout, output_bytes)
         run.until_ended()
-        reaped = slot.close()
         outcome = run.outcome
+        # init reaps all there is before it reports; only what could not report is accounted for by the kernel alone.
+        usage = Reaped(outcome.cpu_seconds, outcome.peak_bytes) if outcome else slot.close()
         return Ended(
             outcome=outcome,
             failure=run.failure,
@@ -74,8 +75,8 @@ def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout
             stdout=_written(wiring.stdout),
             stderr=_written(wiring.stderr),
             wall_seconds=run.wall_seconds,
-            cpu_seconds=max(0.0, reaped.cpu_seconds - (outcome.init_seconds if outcome else 0.0)),
-            peak_bytes=outcome.peak_bytes if outcome else reaped.peak_bytes,
+            cpu_seconds=usage.cpu_seconds,
+            peak_bytes=usage.peak_bytes,
         )
 
 

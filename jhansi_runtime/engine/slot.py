@@ -10,10 +10,11 @@ import signal
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from jhansi_runtime.errors import HostError
+from jhansi_runtime.errors import HostError, StepFailedError
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome
 from jhansi_runtime.isolation.launch import launch
+from jhansi_runtime.isolation.steps import StepError
 
 __all__ = ["Reaped", "Slot", "step_failed"]
 
@@ -33,8 +34,8 @@ class Slot:
     def __init__(self, container: Container) -> None:
         try:
             self._init = launch(container)
-        except OSError as error:
-            raise step_failed(Failure("namespaces", error.errno or 0, str(error))) from error
+        except StepError as error:
+            raise step_failed(error.failure) from error
         self._ordered = False
         self._reaped: Reaped | None = None
 
@@ -105,11 +106,9 @@ class Slot:
         return self._reaped
 
 
-def step_failed(failure: Failure) -> HostError:
+def step_failed(failure: Failure) -> StepFailedError:
     """Return the error that a failed step of isolation is to its caller, with the doctor's remedy for it."""
-    from jhansi_runtime.remedies import remedy_for  # noqa: PLC0415 - needed only when something is wrong
+    from jhansi_runtime.remedies import ASK_DOCTOR, remedy_for  # noqa: PLC0415 - needed only when something is wrong
 
-    return HostError(
-        f"isolation failed at the step '{failure.step}': {failure.detail}",
-        remedy=remedy_for(failure.step, failure.errno),
-    )
+    remedy = remedy_for(failure.step, failure.errno) or ASK_DOCTOR
+    return StepFailedError(failure.step, failure.detail, remedy=remedy)

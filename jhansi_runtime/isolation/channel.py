@@ -25,7 +25,7 @@ FAILED = b"f"  # init: a step failed, nothing was run
 
 _PACKET = 4096
 _DESCRIPTORS = 4
-_EXIT = struct.Struct("=iddQ")
+_EXIT = struct.Struct("=idQ")
 _FAILED = struct.Struct("=i")
 
 
@@ -65,14 +65,12 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How the job ended: its wait status, CPU seconds of it and all it waited for, peak resident bytes of one process.
-
-    init_seconds is the CPU time init itself used, so that it can be left out of the whole container's.
+    """How the job ended: its wait status; CPU seconds of all the container's processes but init; the peak resident bytes
+    of the largest of them.
     """
 
     wait_status: int
     cpu_seconds: float
-    init_seconds: float
     peak_bytes: int
 
 

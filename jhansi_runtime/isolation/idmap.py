@@ -6,9 +6,18 @@ newuidmap. Everyone else's files appear as owned by nobody.
 
 import os
 
-__all__ = ["SANDBOX_ID", "allow_one_more_namespace", "become_sandbox", "map_from_parent", "map_self"]
+__all__ = [
+    "HOST_ID_FOR_ROOT",
+    "SANDBOX_ID",
+    "allow_one_more_namespace",
+    "become_sandbox",
+    "map_from_parent",
+    "map_self",
+]
 
 SANDBOX_ID = 1000
+# Whom a sandbox is outside when root starts it: an id that no system hands out (systemd's UIDS-GIDS: unused range).
+HOST_ID_FOR_ROOT = 1_900_000_000
 
 
 def map_from_parent(pid: int, host_id: int | None) -> None:

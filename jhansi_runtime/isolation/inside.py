@@ -9,7 +9,7 @@ import gc
 import os
 import select
 import signal
-from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from resource import RUSAGE_CHILDREN, getrusage
 from typing import NoReturn
 
 import prctl
@@ -18,7 +18,7 @@ from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import idmap, job, mounts, net, signals, terminal
 from jhansi_runtime.isolation.channel import Channel, Container, Failure, Order, Outcome
 from jhansi_runtime.isolation.steps import StepError, step
-from jhansi_runtime.isolation.syscalls import clone3, close_range, erase_command_line
+from jhansi_runtime.isolation.syscalls import clone3, close_range, erase
 
 __all__ = ["main"]
 
@@ -26,9 +26,14 @@ HOSTNAME = "sandbox"
 _REPORT_BYTES = 4096
 
 
-def main(container: Container, channel: Channel) -> NoReturn:
-    """Be init. Never returns: what was cloned must not run on as a second launcher."""
+def main(container: Container, channel: Channel, command_line: tuple[int, int]) -> NoReturn:
+    """Be init. Never returns: what was cloned must not run on as a second launcher.
+
+    command_line is where the launcher's arguments lie in memory: anyone in the container may read /proc/1/cmdline,
+    whatever the dumpable flag says, and a secret may have been given there.
+    """
     try:
+        erase(*command_line)
         _live(container, channel)
     finally:
         os._exit(0)
@@ -81,7 +86,6 @@ def _detach(channel: Channel) -> None:
     prctl.set_pdeathsig(signal.SIGKILL)
     os.setsid()
     os.umask(0)
-    erase_command_line()
     signals.reset()
     null = os.open("/dev/null", os.O_RDWR)
     for stream in range(3):
@@ -202,10 +206,5 @@ def _reap(job_pid: int) -> int | None:
 
 
 def _outcome(wait_status: int) -> Outcome:
-    children, own = getrusage(RUSAGE_CHILDREN), getrusage(RUSAGE_SELF)
-    return Outcome(
-        wait_status,
-        cpu_seconds=children.ru_utime + children.ru_stime,
-        init_seconds=own.ru_utime + own.ru_stime,
-        peak_bytes=children.ru_maxrss * 1024,
-    )
+    usage = getrusage(RUSAGE_CHILDREN)
+    return Outcome(wait_status, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_bytes=usage.ru_maxrss * 1024)

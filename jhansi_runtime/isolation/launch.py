@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import idmap, inside
 from jhansi_runtime.isolation.channel import Channel, Container
+from jhansi_runtime.isolation.steps import step
 from jhansi_runtime.isolation.syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -16,6 +17,7 @@ from jhansi_runtime.isolation.syscalls import (
     CLONE_NEWUSER,
     CLONE_NEWUTS,
     clone3,
+    command_line_span,
 )
 
 __all__ = ["Init", "launch"]
@@ -32,19 +34,23 @@ class Init(NamedTuple):
 
 
 def launch(container: Container) -> Init:
-    """Begin a container; its init reports READY or FAILED on the channel. OSError when the kernel refuses to clone.
+    """Begin a container; its init reports READY or FAILED on the channel. StepError when the kernel refuses.
 
     Whoever calls this must have one thread, must wait for the pid, and takes the container along when it dies.
     """
-    ours, theirs = messages.pair()
+    command_line = command_line_span()
+    with step("channel"):
+        ours, theirs = messages.pair()
     pid = pidfd = -1
     mapped = False
     try:
-        pid, pidfd = clone3(NAMESPACES)
+        with step("namespaces"):
+            pid, pidfd = clone3(NAMESPACES)
         if pid == 0:
-            inside.main(container, theirs)
-        idmap.map_from_parent(pid, container.host_id)
-        ours.send(messages.MAPPED)
+            inside.main(container, theirs, command_line)
+        with step("id map"):
+            idmap.map_from_parent(pid, container.host_id)
+            ours.send(messages.MAPPED)
         mapped = True
     finally:
         theirs.close()

@@ -61,27 +61,17 @@ _DEVICE_LINKS = {
     "stderr": "/proc/self/fd/2",
 }
 
-# What /proc tells of, or does to, the whole machine. A kernel may lack some of these, and then needs no mask for it.
+# What /proc tells anyone of the whole machine. A kernel may lack some of these, and then needs no mask for it. What only
+# root may open (kcore, kmsg, kpage*, slabinfo, sysrq-trigger ...) belongs to an id that no map here holds, and needs none.
 _PROC_MASKED_FILES = (
     "config.gz",
     "kallsyms",
-    "kcore",
     "key-users",
     "keys",
-    "kmsg",
-    "kpagecgroup",
-    "kpagecount",
-    "kpageflags",
     "latency_stats",
     "modules",
-    "mtd",
-    "pagetypeinfo",
     "sched_debug",
-    "slabinfo",
-    "sysrq-trigger",
-    "timer_list",
     "timer_stats",
-    "vmallocinfo",
 )
 _PROC_MASKED_DIRECTORIES = ("acpi", "asound", "driver", "scsi")
 _PROC_READ_ONLY = ("bus", "fs", "irq", "sys")
@@ -116,20 +106,21 @@ class Bind(NamedTuple):
     def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
         """Return the mount, not yet attached."""
         mount = open_tree(self.source, recursive=True)
-        mount_setattr(mount, self.attributes, recursive=True)
+        if self.attributes:
+            mount_setattr(mount, self.attributes, recursive=True)
         return mount
 
 
 class Overlay(NamedTuple):
     """Lay one path of the new root over another: a mask, a read-only view, a second name.
 
-    A clone has the attributes of the mount it was cloned from; None leaves them so. With `optional`, a target that is
-    not there needs no cover.
+    A clone has the attributes of the mount it was cloned from, and these besides. With `optional`, a target that is not
+    there needs no cover.
     """
 
     source: str
     target: str
-    attributes: int | None = None
+    attributes: int = 0
     optional: bool = False
 
     def detached(self, root: int) -> int:
@@ -139,7 +130,7 @@ class Overlay(NamedTuple):
             mount = open_tree(source, recursive=False)
         finally:
             os.close(source)
-        if self.attributes is not None:
+        if self.attributes:
             mount_setattr(mount, self.attributes)
         return mount
 
@@ -202,7 +193,7 @@ def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
             files=tuple(_DEVICES),
             links=tuple(_DEVICE_LINKS.items()),
         ),
-        *(Bind(source, f"dev/{name}", _NOSUID | _NOEXEC) for source, name in sources.devices),
+        *(Bind(source, f"dev/{name}", 0) for source, name in sources.devices),
         Filesystem("devpts", "dev/pts", _NOSUID | _NOEXEC, options=(("ptmxmode", "666"), ("mode", "620"))),
         # One filesystem under three names, so that one size bounds them together. The last cover hides the first.
         Filesystem(

@@ -16,7 +16,8 @@ __all__ = [
     "capset_empty",
     "clone3",
     "close_range",
-    "erase_command_line",
+    "command_line_span",
+    "erase",
     "fsconfig_create",
     "fsconfig_string",
     "fsmount",
@@ -250,15 +251,16 @@ def capset_empty() -> None:
         raise _oserror()
 
 
-def erase_command_line() -> None:
-    """Overwrite what /proc/PID/cmdline shows of this process with zeros.
-
-    Anyone in the same pid namespace may read it, whatever the dumpable flag says; in a cloned process it is the
-    arguments of the one it was cloned from. The fields are arg_start and arg_end of proc(5), /proc/PID/stat.
-    """
+def command_line_span() -> tuple[int, int]:
+    """Return where in memory /proc/PID/cmdline is read from, and its length: arg_start, arg_end of /proc/PID/stat."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     start, end = int(fields[45]), int(fields[46])
     if not 0 < start < end:
         raise OSError(errno.EPERM, "/proc/self/stat does not say where the command line is")
-    ctypes.memset(start, 0, end - start)
+    return start, end - start
+
+
+def erase(start: int, length: int) -> None:
+    """Overwrite memory with zeros."""
+    ctypes.memset(start, 0, length)
