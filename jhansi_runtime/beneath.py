@@ -243,8 +243,8 @@ def replacing(parent: int, name: str, owner: int | None, mode: int) -> Iterator[
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with closing(os.open(temporary, flags, 0o600, dir_fd=parent)) as fd:
         try:
-            yield fd
             _settle(fd, owner, mode)
+            yield fd
             os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
         finally:
             with suppress(FileNotFoundError):

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 from jhansi_runtime import remedies
@@ -29,14 +30,17 @@ from jhansi_runtime.spec import Check, Limits
 
 __all__ = ["STEPS", "checks"]
 
-# Every step between nothing and a program that runs, in order, by the names that isolation/ gives them.
+# Every step between nothing and a program that runs, by the names that isolation/ gives them: the launcher's, init's,
+# the job's. The job is forked early and its steps run beside init's, but init waits for its report before it goes on:
+# where one of the job's failed, all of init's are done.
 STEPS = (
-    *("channel", "namespaces", "id map"),  # launch.py
-    *("detach from the launcher", "sources", "ids", "process", "user namespace limit"),  # inside.py, prepare
-    *("mounts", "pivot_root", "loopback", "hostname"),
-    *("workspace", "standard streams", "fork"),  # inside.py, run
-    *("session", "streams", "working directory", "limits", "user namespace", "capabilities"),  # job.py
-    *("no_new_privs", "signals", "descriptors", "seccomp", "execve"),
+    *("one thread", "channel", "namespaces", "id map"),  # launch.py
+    *("detach from the launcher", "sources", "ids", "process", "user namespace limit"),  # inside.py
+    *("fork", "mounts", "pivot_root", "loopback", "hostname"),
+    *("workspace", "standard streams", "children"),
+    *("session", "user namespace", "capabilities", "no_new_privs", "signals"),  # job.py
+    *("working directory", "streams", "limits", "descriptors", "seccomp"),
+    "execve",
 )
 
 _NAMESPACES: Mapping[str, int] = {
@@ -66,15 +70,16 @@ def checks(paths: Paths | None = None) -> list[Check]:
     Facts that only inform are ok. Names are unique. paths say where things live, by default as the environment does.
     """
     paths = paths or Paths.from_environment()
-    profile, container = _try_container()
+    calls = list(_call_checks())
+    missing = next((call.name for call in calls if not call.ok), None)
+    container = [_not_tried("container", missing)] if missing else _try_container()
     works = all(check.ok for check in container)
     return [
         *_machine_checks(),
-        *_call_checks(),
+        *calls,
         *_setting_checks(works=works),
         _proc_check(works=works),
         *_namespace_checks(),
-        profile,
         *container,
         _folder_check("JHANSI_HOME", paths.home, executable=True),
         _folder_check("PETRI_WORKSPACE_ROOT", paths.workspaces, executable=False),
@@ -86,16 +91,14 @@ def checks(paths: Paths | None = None) -> list[Check]:
 # --- the container ------------------------------------------------------------------------------------------
 
 
-def _try_container() -> tuple[Check, list[Check]]:
+def _try_container() -> list[Check]:
     """Run a program in a container; return the check of its seccomp profile, and one of each step."""
     try:
         with TemporaryDirectory(prefix="jhansi-doctor-") as scratch:
             profile, filters = _try_profile(scratch)
-            return profile, _try_steps(scratch, filters)
+            return [profile, *_try_steps(scratch, filters)]
     except OSError as error:
-        remedy = remedies.remedy_for("temporary folder", error.errno or 0)
-        problem = _problem("temporary folder", error, remedy or "set TMPDIR to a folder that you can write to")
-        return problem, [problem]
+        return [_problem("temporary folder", error, "set TMPDIR to a folder that you can write to, with room in it")]
 
 
 def _try_profile(scratch: str) -> tuple[Check, tuple[bytes, ...]]:
@@ -127,8 +130,10 @@ def _run_true(scratch: str, filters: tuple[bytes, ...]) -> None:
     for folder in (recipes, workspaces, workspace):
         os.mkdir(folder)
     if host_id is not None:
-        os.chown(workspace, host_id, host_id)
-        os.chmod(workspaces, 0o711)  # whatever the umask: init, which is host_id then, looks the workspace up in it
+        # A root that may not give it away may not map the id either, and that is a step, which will say so.
+        with suppress(OSError):
+            os.chown(workspace, host_id, host_id)
+        os.chmod(workspaces, 0o711)  # noqa: S103 - init, which is host_id then, looks the workspace up in it
     with open(os.path.join(recipes, f"{_LANGUAGE}.toml"), "w", encoding="ascii") as file:
         file.write(_RECIPE)
     rootfs = RootfsStore(os.path.join(scratch, "rootfs"), recipes).host(_LANGUAGE)
@@ -161,7 +166,7 @@ def _steps_until(failed: StepFailedError) -> Iterator[Check]:
     remedy = failed.remedy if failed.remedy not in {None, remedies.ASK_DOCTOR} else _REPORT
     yield Check(name=failed.step, ok=False, detail=failed.reason, remedy=remedy)
     for step in STEPS[position + 1 :]:
-        yield Check(name=step, ok=False, detail="not tried", remedy=f"mend '{failed.step}' first")
+        yield _not_tried(step, failed.step)
 
 
 # --- the host -----------------------------------------------------------------------------------------------
@@ -210,10 +215,10 @@ def _call_check(name: str, call: Callable[[], None], expected: tuple[int, ...] =
 
 
 def _setting_checks(*, works: bool) -> Iterator[Check]:
-    """Settings that forbid namespaces; those of the host that could, too. What works in spite of one is no problem."""
+    """Settings about user namespaces, and those that forbid another kind. What works in spite of one is no problem."""
     for setting in remedies.SETTINGS:
         value, forbids = setting.value(), setting.forbids()
-        if forbids or (value is not None and "_namespaces" not in setting.name):
+        if forbids or (value is not None and "user" in setting.name.removeprefix("user.")):
             detail = f"{value}, and this user is allowed namespaces nevertheless" if forbids and works else str(value)
             yield _check(setting.name, ok=works or not forbids, detail=detail, remedy=setting.remedy)
 
@@ -308,6 +313,10 @@ def _cgroup_check() -> Check:
 
 def _check(name: str, *, ok: bool, detail: str, remedy: str) -> Check:
     return Check(name=name, ok=ok, detail=detail, remedy=None if ok else remedy)
+
+
+def _not_tried(name: str, before: str) -> Check:
+    return Check(name=name, ok=False, detail="not tried", remedy=f"mend '{before}' first")
 
 
 def _problem(name: str, error: OSError, remedy: str | None) -> Check:

@@ -104,6 +104,7 @@ def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
                 stdin=_bytes(this.request.stdin),
                 timeout=this.limits.timeout,
                 output_bytes=this.limits.output,
+                log=audit,
             )
         except OSError as error:
             raise HostError(f"the job's output or input could not be passed on: {error}") from error

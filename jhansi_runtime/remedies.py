@@ -111,7 +111,7 @@ def covered_proc() -> list[str]:
     """
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         mounts = [line.split() for line in file]
-    covers: list[str] = []
+    above: list[str] = []
     for identity, _, _, root, place, options, *rest in mounts:
         if root != "/" or rest[rest.index("-") + 1] != "proc":
             continue
@@ -121,8 +121,7 @@ def covered_proc() -> list[str]:
             above.append(f"{place} (read-only)")
         if not above:
             return []
-        covers += above
-    return covers
+    return above  # of the last one, which is the one that is seen at /proc
 
 
 def _count_remedy(step: str) -> str:

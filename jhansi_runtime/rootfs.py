@@ -445,6 +445,8 @@ class RootfsStore:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENOSYS:  # not the disk's fault, and told by whoever tells of the kernel's
+                raise
             message = f"cannot write below {self._directory}: {error.strerror}"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskLimitError(message, remedy="free some disk space") from error

@@ -21,6 +21,7 @@ from jhansi_runtime.profiles import ProfileStore
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
 from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
+from jhansi_runtime.settings import load
 from jhansi_runtime.spec import ExecRequest, ExecResult, FileInfo, Limits, RootfsInfo, Sandbox
 from jhansi_runtime.workspace import Workspace
 
@@ -41,7 +42,7 @@ class Runtime:
 
     def __init__(self, paths: Paths | None = None, *, progress: Callable[[str], None] | None = None) -> None:
         self.paths = paths or Paths.from_environment()
-        self.audit = AuditLog(self.paths.audit)
+        self.audit = AuditLog(self.paths.audit, fsync=load(self.paths.config).audit.fsync)
         self._progress = progress or _silent
         self._actor = f"uid:{os.getuid()}"
         self._host_id = HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
@@ -166,7 +167,7 @@ class Runtime:
                 host_id=self._host_id,
             )
             run_id = new_run_id()
-            with self._runs.begin(run_id, {}) as run:
+            with self._runs.begin(run_id, {"sandbox_id": sandbox.id}) as run:
                 return self._perform(run, run_id, place, rootfs, limits, request, streams)
 
     def run(
@@ -259,11 +260,16 @@ class Runtime:
 
     def _settle_lost_runs(self) -> None:
         """End what a killed process could not end itself: write its exec.end, remove its one-shot workspace."""
-        for lost in self._runs.lost():
-            if self.audit.unended([lost.run_id]):
+        lost_runs = list(self._runs.lost())
+        if not lost_runs:
+            return
+        unended = self.audit.unended(lost.run_id for lost in lost_runs)
+        for lost in lost_runs:
+            if lost.run_id in unended:
                 self.audit.append(
                     "exec.end",
                     actor=self._actor,
+                    sandbox_id=lost.note.get("sandbox_id"),
                     run_id=lost.run_id,
                     status="lost",
                     message="the process that ran it was killed",

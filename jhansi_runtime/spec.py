@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "RootfsInfo",
     "Sandbox",
+    "Settings",
     "from_builtins",
     "instant",
     "to_json",
@@ -159,6 +160,18 @@ class RootfsInfo(Struct, frozen=True, kw_only=True):
     files: int
     created_at: str
     source: str
+
+
+class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When audit records reach the disk: `group`, within 50 ms; `always`, before anything else happens."""
+
+    fsync: Literal["group", "always"] = "group"
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings file (TOML): one table for each subject."""
+
+    audit: AuditSettings = AuditSettings()
 
 
 class Check(Struct, frozen=True, kw_only=True):

@@ -105,7 +105,7 @@ class Workspace:
         ):
             for chunk in chunks:
                 beneath.write_all(fd, chunk)
-        return self._info(inside)
+            return _file_info(inside, os.fstat(fd))
 
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all that is in it. A link is removed, not what it leads to."""

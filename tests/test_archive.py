@@ -267,7 +267,7 @@ def test_a_time_out_of_range_is_no_obstacle(tree, mtime):
     [
         (Limits(members=2), "more than 2 members"),
         (Limits(contents=999), "more than 999 bytes"),
-        (Limits(contents=499), "a member of 500 bytes"),
+        (Limits(contents=499), "a member of an impossible size: 'a/b'"),
         (Limits(name=2), "a name of more than 2 bytes: 'a/b'"),
         (Limits(depth=1), "nests deeper than 1: 'a/b'"),
     ],

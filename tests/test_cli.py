@@ -1,6 +1,6 @@
 """The command line as a user meets it: real processes, judged by what they print, leave behind and end with.
 
-Programs are the host's own (--rootfs host). What programs of every kind come to is the table of test_programs.
+Programs are the host's own (--rootfs host). The commands that run none are in test_cli_stores.
 """
 
 import json
@@ -17,6 +17,8 @@ from conftest import environment_with, run
 from jhansi_runtime.cli.parameters import LIMITS
 from jhansi_runtime.quantities import duration_text, size_text
 from jhansi_runtime.spec import Limits
+
+HOSTILE = b"a\n\x1b[31m\xff"
 
 # Says when it runs, then tells of each signal it gets; SIGTERM and SIGINT it obeys.
 LISTENER = """
@@ -142,14 +144,23 @@ def test_an_error_is_one_line_with_status_125(jhansi, words):
 
 
 @pytest.mark.usefixtures("box")
-@pytest.mark.parametrize("words", [["show"], ["exec", "box"], ["put", "box"], ["run"], ["exec", "--stdin"], []])
-def test_an_error_about_a_hostile_name_keeps_to_its_line_and_sends_no_escapes(jhansi, words):
-    answer = jhansi(*words, b"a\n\x1b[31m\xff", *(["box", "main.py"] if "--stdin" in words else []))
-    error, *hint = answer.stderr.splitlines()
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        ([HOSTILE], 1),
+        (["show", HOSTILE], 0),
+        (["put", "box", HOSTILE], 0),
+        (["exec", "box", HOSTILE], 0),
+        (["exec", "--stdin", HOSTILE, "box", "main.py"], 0),
+        (["run", "--rootfs", "host", HOSTILE], 0),
+    ],
+)
+def test_an_error_about_a_hostile_name_keeps_to_its_line_and_sends_no_escapes(jhansi, words, hints):
+    error, *hint = jhansi(*words).stderr.splitlines()
     assert error.startswith("jhansi-run: error: ")
     assert error.isprintable()
     assert "a\\n\\x1b[31m" in error
-    assert len(hint) == (0 if words else 1)
+    assert len(hint) == hints
 
 
 def test_without_arguments_the_help_is_shown(jhansi):
@@ -166,82 +177,6 @@ def test_every_limit_is_an_option_whose_help_names_its_default(jhansi):
     for name, value in msgspec.structs.asdict(Limits()).items():
         section = help_text.partition(f"--{name.replace('_', '-')} ")[2]
         assert f"[default: {texts.get(name, size_text)(value)}]" in section
-
-
-# --- sandboxes and files --------------------------------------------------------------------------------------
-
-
-def test_create_prints_the_id_alone_and_the_id_a_prefix_and_the_name_all_reach_it(jhansi, box):
-    assert len(box.split()) == 1
-    for reference in (box, box[:-1], "box"):
-        assert document(jhansi("show", reference, "--json"))["id"] == box
-
-
-def test_create_keeps_what_it_was_told(jhansi):
-    words = ["--label", "team=red=blue", "--label", "empty=", "--ttl", "2h", "--timeout", "1m30s", "--output", "2M"]
-    created = document(jhansi("create", "--rootfs", "host", "--json", *words))
-    assert created == document(jhansi("show", created["id"], "--json"))
-    assert created["labels"] == {"team": "red=blue", "empty": ""}
-    assert created["limits"]["timeout"] == 90.0
-    assert created["limits"]["output"] == 2 * 1024**2
-    assert created["rootfs"] == "host"
-    assert created["expires_at"] > created["created_at"]
-
-
-def test_ls_lists_all_or_those_with_a_label(jhansi, box):
-    red = jhansi("create", "--rootfs", "host", "--label", "team=red").stdout.strip()
-    assert {entry["id"] for entry in document(jhansi("ls", "--json"))} == {box, red}
-    assert [entry["id"] for entry in document(jhansi("ls", "--json", "--label", "team=red"))] == [red]
-    listing = jhansi("ls").stdout
-    assert listing.startswith("ID ")
-    assert {line.split()[0] for line in listing.splitlines()[1:]} == {box, red}
-
-
-def test_rm_removes_the_others_when_one_is_not_there_and_says_so_in_its_status(jhansi, box):
-    other = jhansi("create", "--rootfs", "host").stdout.strip()
-    answer = jhansi("rm", box, "nobody", other)
-    assert answer.returncode == 125
-    assert len(answer.stderr.splitlines()) == 1
-    assert "nobody" in answer.stderr
-    assert document(jhansi("ls", "--json")) == []
-
-
-def test_gc_removes_what_is_out_of_time_and_nothing_else(jhansi, box):
-    expired = jhansi("create", "--rootfs", "host", "--ttl", "1ms").stdout.strip()
-    assert jhansi("gc").stdout == f"{expired}\n"
-    assert [entry["id"] for entry in document(jhansi("ls", "--json"))] == [box]
-
-
-@pytest.mark.usefixtures("box")
-def test_files_and_folders_go_in_and_come_out_as_they_were(jhansi, tmp_path):
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    (tmp_path / "in" / "deep" / "data").write_bytes(bytes(range(256)))
-    (tmp_path / "single").write_text("alone")
-    (tmp_path / "out").mkdir()
-    assert jhansi("put", "box", tmp_path / "in", tmp_path / "single", "--to", "sub").returncode == 0
-    assert jhansi("get", "box", "sub/in", "sub/single", "-o", tmp_path / "out").returncode == 0
-    assert (tmp_path / "out" / "in" / "deep" / "data").read_bytes() == bytes(range(256))
-    assert (tmp_path / "out" / "single").read_text() == "alone"
-
-
-def test_get_writes_to_the_named_file_or_into_the_current_folder(jhansi, program, tmp_path):
-    program("print(1)")
-    (tmp_path / "here").mkdir()
-    assert jhansi("get", "box", "main.py", "-o", tmp_path / "copy.py").returncode == 0
-    assert jhansi("get", "box", "main.py", cwd=tmp_path / "here").returncode == 0
-    assert (tmp_path / "copy.py").read_text() == (tmp_path / "here" / "main.py").read_text() == "print(1)"
-
-
-@pytest.mark.usefixtures("box")
-def test_a_listing_of_hostile_names_has_one_printable_line_each_and_json_keeps_every_byte(jhansi, tmp_path):
-    name = b"a\n\x1b[31m\xff"
-    with open(os.path.join(os.fsencode(tmp_path), name), "wb"):
-        pass
-    assert jhansi("put", "box", os.path.join(os.fsencode(tmp_path), name)).returncode == 0
-    lines = jhansi("files", "box").stdout.splitlines()
-    assert len(lines) == 2
-    assert lines[1].endswith("  a\\n\\x1b[31m\\xff")
-    assert [os.fsencode(entry["path"]) for entry in document(jhansi("files", "box", "--json"))] == [name]
 
 
 # --- exec and run ---------------------------------------------------------------------------------------------
@@ -471,6 +406,16 @@ def test_ctrl_c_ends_a_command_of_ours_quietly(start):
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == ""
     assert process.returncode == 130
+
+
+def test_ctrl_c_ends_the_build_that_a_first_exec_began(start, jhansi):
+    jhansi("create", "--name", "first")
+    process = start("exec", "first", "main.py")
+    assert process.stderr.readline().startswith("jhansi-run: building")
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert document(jhansi("rootfs", "ls", "--json")) == []
 
 
 @pytest.mark.usefixtures("box")

@@ -48,9 +48,13 @@ TABLE = {
     "audit": May(f"{BASE} chain"),
     "runs": May(BASE),
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),
+    "settings": May("errors spec"),
     # The verbs, and the one exec among them, are the only composers.
     "execution": May(f"{BASE} isolation engine rootfs profiles workspace audit runs", "msgspec"),
-    "runtime": May(f"{BASE} execution engine rootfs profiles sandboxes workspace audit runs doctor", "msgspec"),
+    "runtime": May(
+        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace audit runs settings doctor",
+        "msgspec",
+    ),
     "cli": May(f"{BASE} rendering runtime engine audit doctor", "click msgspec"),
     "__init__": May("errors spec paths runtime"),
     "__main__": May("errors cli"),

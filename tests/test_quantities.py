@@ -1,7 +1,7 @@
 """Sizes and durations are read as people write them, and written as they are read."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jhansi_runtime.errors import InvalidRequestError
@@ -89,22 +89,26 @@ def test_a_duration_is_written_in_whole_units(seconds, text):
     assert duration_text(seconds) == text
 
 
+@settings(database=None)  # the checkout may be somebody else's
 @given(st.integers(min_value=0, max_value=2**50))
 def test_a_written_size_reads_back_to_within_its_one_decimal(size):
     assert parse_size(size_text(size)) == pytest.approx(size, rel=0.06)
 
 
+@settings(database=None)
 @given(st.integers(min_value=0, max_value=2**20), st.sampled_from([1, 1024, 1024**2, 1024**3]))
 def test_a_size_of_whole_units_reads_back_exactly_where_it_is_written_whole(count, factor):
     text = size_text(count * factor)
     assert "." in text or parse_size(text) == count * factor
 
 
+@settings(database=None)
 @given(st.integers(min_value=0, max_value=10**12))
 def test_a_written_duration_reads_back_to_the_millisecond(milliseconds):
     assert round(parse_duration(duration_text(milliseconds / 1000)) * 1000) == milliseconds
 
 
+@settings(database=None)
 @given(st.text(max_size=12))
 def test_no_text_makes_the_parsers_fail_in_another_way(text):
     for parse in (parse_size, parse_duration):

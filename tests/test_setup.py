@@ -93,7 +93,11 @@ def test_a_checkout_of_somebody_else_is_not_set_up_halfway(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["pyproject.toml", "tools"]
 
 
-def test_the_demo_shows_a_programs_output_and_its_audit_record(prepared, runtime_environment, jhansi):
+def test_the_demo_shows_a_programs_output_and_its_audit_record_and_leaves_no_sandbox(
+    prepared, runtime_environment, jhansi
+):
+    before = jhansi("ls", "--json").stdout
+
     answer = subprocess.run(
         [os.path.join(prepared, "tools", "demo")], env=runtime_environment, capture_output=True, text=True, check=False
     )
@@ -105,7 +109,7 @@ def test_the_demo_shows_a_programs_output_and_its_audit_record(prepared, runtime
     record = answer.stdout.partition("$ jhansi-run audit show")[2]
     assert "exec.start" in record
     assert "exec.end" in record
-    assert jhansi("ls", "--json").stdout.strip() == "[]"
+    assert jhansi("ls", "--json").stdout == before
 
 
 @pytest.mark.root

@@ -9,6 +9,7 @@ is most of what a short exec costs.
 """
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         status = PIPE_CLOSED
     except OSError as error:
-        status = _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+        status = _fail(_unexpected(error))
     return status
 
 
@@ -114,6 +115,16 @@ def _invoke(arguments: list[str]) -> int:
 def _hint(error: click.UsageError) -> str:
     path = error.ctx.command_path if error.ctx else PROGRAM
     return f"Try '{path} --help'."
+
+
+def _unexpected(error: OSError) -> str:
+    """What a call said that nothing was expected to refuse. One that this host lacks has a remedy."""
+    message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if error.errno != errno.ENOSYS:
+        return message
+    from jhansi_runtime.remedies import remedy_for  # noqa: PLC0415 - needed only when something is wrong
+
+    return f"{message}; {remedy_for('system call', errno.ENOSYS)}"
 
 
 def _fail(message: str, *hints: str, status: int = JhansiError.exit_code) -> int:

@@ -11,7 +11,7 @@ import select
 import signal
 import time
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from jhansi_runtime.engine.pump import Output
 from jhansi_runtime.engine.slot import Reaped, Slot, step_failed
@@ -26,14 +26,24 @@ _GRACE_SECONDS = 2.0
 _ENDED_WITHIN_SECONDS = 1.0
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-_EVERY_POLL_MS = 3_600_000
+_LONGEST_WAIT_SECONDS = 3600.0
 
 
 Reason = Literal["timed_out", "output_limit", "cancelled"]
 
 
+class Log(Protocol):
+    """What has to reach the disk while a job runs."""
+
+    def flush_in(self) -> float | None:
+        """Return the seconds until a flush is due; None when there is nothing to flush."""
+
+    def flush(self) -> None:
+        """Flush."""
+
+
 class Written(NamedTuple):
-    """What came out of one stream: its size in bytes, SHA-256 in hexadecimal, whether more was cut off, what was kept."""
+    """What came out of one stream: its size in bytes, its SHA-256, whether more was cut off, and what was kept."""
 
     size: int
     sha256: str
@@ -42,7 +52,7 @@ class Written(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How an exec ended: reason says why early, if it was; failure, why the program could not be started."""
+    """How an exec ended: reason says why early, if it was; failure, why the program did not start."""
 
     outcome: Outcome | None
     failure: Failure | None
@@ -54,8 +64,19 @@ class Ended(NamedTuple):
     peak_bytes: int
 
 
-def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout: float, output_bytes: int) -> Ended:
-    """Run one order in a slot, which its owner then closes. `stdin` is fed when streams.stdin is None; timeout is in seconds.
+def execute(
+    slot: Slot,
+    order: Order,
+    streams: Streams,
+    *,
+    stdin: bytes,
+    timeout: float,
+    output_bytes: int,
+    log: Log | None = None,
+) -> Ended:
+    """Run one order in a slot, which its owner then closes.
+
+    stdin is fed when streams.stdin is None; timeout is in seconds; log, if any, is flushed when it asks for it.
 
     HostError when a step of isolation fails: nothing was run. OSError when the host's own streams cannot be used.
     """
@@ -63,7 +84,7 @@ def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout
         size = wiring.size
         slot.start(order._replace(terminal=size, on_terminal=wiring.on_terminal), wiring.passed)
         wiring.passed_on()
-        run = _Run(slot, wiring, streams.control, timeout, output_bytes)
+        run = _Run(slot, wiring, log, streams.control, timeout, output_bytes)
         run.until_ended()
         outcome = run.outcome
         # init reaps all there is before it reports; only what could not report is accounted for by the kernel alone.
@@ -83,13 +104,16 @@ def execute(slot: Slot, order: Order, streams: Streams, *, stdin: bytes, timeout
 class _Run:
     """The poll loop and what it has learnt. The slot is alive until init's end of the channel is closed."""
 
-    def __init__(self, slot: Slot, wiring: Wiring, control: int | None, timeout: float, output_bytes: int) -> None:
+    def __init__(
+        self, slot: Slot, wiring: Wiring, log: Log | None, control: int | None, timeout: float, output_bytes: int
+    ) -> None:
         self.outcome: Outcome | None = None
         self.failure: Failure | None = None
         self.reason: Reason | None = None
         self.wall_seconds = 0.0
         self._slot = slot
         self._wiring = wiring
+        self._log = log
         self._control = control
         self._output_bytes = output_bytes
         self._began = time.monotonic()
@@ -101,6 +125,8 @@ class _Run:
         """Move bytes, watch the clock and pass signals on, until the slot has ended and its output is delivered."""
         while self._alive or any(output.interest() for output in self._wiring.outputs):
             ready = self._poll()
+            if self._log is not None and self._log.flush_in() == 0.0:
+                self._log.flush()
             if self._alive and self._slot.channel in ready:
                 self._hear()
             if self._control in ready:
@@ -121,11 +147,17 @@ class _Run:
         for interest in interests:
             if interest is not None:
                 poll.register(*interest)
-        timeout_ms = _EVERY_POLL_MS
+        return {descriptor for descriptor, _ in poll.poll(self._milliseconds_left())}
+
+    def _milliseconds_left(self) -> int:
+        """Return the time until something is due that no descriptor tells of."""
+        seconds = _LONGEST_WAIT_SECONDS
         if self._alive:
-            remaining_ms = max(0.0, self._deadline - time.monotonic()) * 1000
-            timeout_ms = int(min(timeout_ms, remaining_ms + 1))
-        return {descriptor for descriptor, _ in poll.poll(timeout_ms)}
+            seconds = min(seconds, self._deadline - time.monotonic())
+        flush_in = None if self._log is None else self._log.flush_in()
+        if flush_in is not None:
+            seconds = min(seconds, flush_in)
+        return max(0, math.ceil(seconds * 1000))
 
     def _move(self, ready: set[int]) -> None:
         for output in self._wiring.outputs:

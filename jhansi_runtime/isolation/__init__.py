@@ -8,20 +8,21 @@ The *launcher* (launch.py: whoever calls `launch`) has one thread. It clones ini
 pid, net, ipc, uts and cgroup namespaces, writes init's id map, and from then on only talks to it over the channel,
 a SOCK_SEQPACKET socket, and holds its pidfd.
 
-*init* (inside.py) is PID 1 of the container, our code, trusted. It prepares (mounts, pivot_root, loopback, hostname),
-says READY and waits; an ORDER, which carries the job's three standard streams as descriptors, makes it bind the one
-workspace, detach the hidden folder of all workspaces, and fork the job; it then reaps, forwards signals, reports the
-outcome and exits, upon which the kernel kills whatever is left in the pid namespace.
+*init* (inside.py) is PID 1 of the container, our code, trusted. It prepares (forks the job to be, mounts, pivot_root,
+loopback, hostname), says READY and waits; an ORDER, which carries the job's three standard streams as descriptors,
+makes it bind the one workspace, detach the hidden folder of all workspaces, and hand the order on; it then reaps,
+forwards signals, ends what is left, reports the outcome and exits.
 
-The *job* (job.py) begins as a copy of init and takes everything away from itself: session, limits, a further user
-namespace in which it has no capability, bounding set, no_new_privs, every descriptor but its three, the seccomp
-filter; then it calls execve. If any step fails, nothing is executed and the step's name is reported.
+The *job* (job.py) begins as a copy of init, forked ahead, and takes everything away from itself: session, a further
+user namespace in which it has no capability, bounding set, no_new_privs, and once the order is there limits, every
+descriptor but its three, the seccomp filter; then it calls execve. If any step fails, nothing is executed and the step
+is reported.
 
                  launcher                      init                          job
-    prepare      clone3, id map     MAPPED ->  steps of `prepare`
+    prepare      clone3, id map     MAPPED ->  steps of `_prepare`     ->    steps of `_prepare`
                                     <- READY
     wait                            ORDER ->   workspace bound, the rest hidden
-    run                                        fork                    ->    steps of `confine`, execve
+    run                                                        ORDER   ->    steps of `_confine`, execve
                  signals            SIGNAL ->  kill                    ->
     exit                            <- EXIT    reaps, exits
 

@@ -17,14 +17,15 @@ __all__ = ["Channel", "Container", "Failure", "Order", "Outcome", "pair"]
 
 MAPPED = b"m"  # launcher: the id maps are written
 READY = b"r"  # init: the container is built
-ORDER = b"o"  # launcher: run this (descriptors: order, then those streams that are not the pty)
+# Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams.
+ORDER = b"o"
 TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
 
 _PACKET = 4096
-_DESCRIPTORS = 4
+_DESCRIPTORS = 8
 _EXIT = struct.Struct("=idQ")
 _FAILED = struct.Struct("=i")
 
@@ -65,9 +66,7 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How the job ended: its wait status; CPU seconds of all the container's processes but init; the peak resident bytes
-    of the largest of them.
-    """
+    """How the job ended: its wait status, CPU seconds of all processes but init, peak resident bytes of the largest."""
 
     wait_status: int
     cpu_seconds: float
@@ -141,7 +140,7 @@ def write_order(order: Order) -> int:
 
 
 def read_order(descriptor: int) -> Order:
-    """Return the order in a memfd, and close it."""
+    """Return the order in a memfd, and close the descriptor."""
     with os.fdopen(descriptor, "rb") as file:
         file.seek(0)
         return Order(*marshal.loads(file.read()))  # noqa: S302 - written by write_order, never by a job

@@ -9,8 +9,9 @@ import gc
 import os
 import select
 import signal
+from contextlib import suppress
 from resource import RUSAGE_CHILDREN, getrusage
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import prctl
 
@@ -39,12 +40,19 @@ def main(container: Container, channel: Channel, command_line: tuple[int, int]) 
         os._exit(0)
 
 
+class _Waiting(NamedTuple):
+    """The job, forked and confining itself: what it is told, and what it reports before it becomes the program."""
+
+    pid: int
+    channel: Channel
+    report: int
+
+
 def _live(container: Container, channel: Channel) -> None:
     try:
-        root = _prepare(container, channel)
+        root, waiting = _prepare(container, channel)
         channel.send(messages.READY)
-        order, streams = _wait(channel)
-        outcome = _run(root, order, streams, channel)
+        outcome = _run(root, waiting, channel)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
     except BrokenPipeError:
@@ -53,8 +61,8 @@ def _live(container: Container, channel: Channel) -> None:
         channel.send(messages.EXIT, messages.encode_outcome(outcome))
 
 
-def _prepare(container: Container, channel: Channel) -> int:
-    """Build the container around this process; return a descriptor of its root."""
+def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
+    """Build the container around this process; return a descriptor of its root, and the job that waits in it."""
     with step("detach from the launcher"):
         _detach(channel)
     if channel.receive()[0] != messages.MAPPED:
@@ -70,15 +78,18 @@ def _prepare(container: Container, channel: Channel) -> int:
         prctl.set_dumpable(0)
     with step("user namespace limit"):
         idmap.allow_one_more_namespace()
+    with step("fork"):
+        waiting = _fork_job()
     with step("mounts"):
         root = mounts.build_root(sources, container.tmp_bytes)
     with step("pivot_root"):
+        # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
     with step("loopback"):
         net.loopback_up()
     with step("hostname"):
         _socket.sethostname(HOSTNAME)
-    return root
+    return root, waiting
 
 
 def _detach(channel: Channel) -> None:
@@ -94,24 +105,32 @@ def _detach(channel: Channel) -> None:
     close_range(channel.fileno() + 1)
 
 
-def _wait(channel: Channel) -> tuple[Order, list[int]]:
-    kind, _, descriptors = channel.receive()
+def _fork_job() -> _Waiting:
+    ours, theirs = messages.pair()
+    report, reported = os.pipe2(os.O_CLOEXEC)
+    pid, pidfd = clone3(0)  # not os.fork: that would run the launcher's at-fork handlers, and touch 150 more pages
+    if pid == 0:
+        ours.close()
+        job.main(theirs, reported)
+    os.close(pidfd)
+    os.close(reported)
+    theirs.close()
+    return _Waiting(pid, ours, report)
+
+
+def _run(root: int, waiting: _Waiting, channel: Channel) -> Outcome:
+    kind, _, passed = channel.receive()
     if kind != messages.ORDER:
         raise BrokenPipeError
-    return messages.read_order(descriptors[0]), descriptors[1:]
-
-
-def _run(root: int, order: Order, passed: list[int], channel: Channel) -> Outcome:
+    order = messages.read_order(os.dup(passed[0]))
     with step("workspace"):
         mounts.attach_workspace(root, order.workspace)
     with step("standard streams"):
-        streams = _streams(order, passed, channel)
-    with step("fork"):
+        streams = _streams(order, passed[1:], channel)
+    with step("children"):
         wakeup = _watch_children()
-        pid = _fork_job(order, streams)
-    for stream in set(streams):
-        os.close(stream)
-    return _supervise(pid, wakeup, channel)
+    _start_job(waiting, [passed[0], root, *streams])
+    return _supervise(waiting.pid, wakeup, channel)
 
 
 def _streams(order: Order, passed: list[int], channel: Channel) -> list[int]:
@@ -133,20 +152,20 @@ def _watch_children() -> int:
     return readable
 
 
-def _fork_job(order: Order, streams: list[int]) -> int:
-    """Start the job and return its pid once execve has succeeded. StepError says why it has not."""
-    report, reported = os.pipe2(os.O_CLOEXEC)
-    pid, _ = clone3(0)  # not fork: that would run the launcher's at-fork handlers, and touch 150 more pages
-    if pid == 0:
-        job.confine_and_execute(order, streams, reported)
-    os.close(reported)
-    with open(report, "rb") as file:
+def _start_job(waiting: _Waiting, descriptors: list[int]) -> None:
+    """Hand the order on, and return once execve has succeeded. StepError says why it has not."""
+    with suppress(BrokenPipeError):  # it has failed already, and says so in its report
+        waiting.channel.send(messages.ORDER, descriptors=tuple(descriptors))
+    waiting.channel.close()
+    for descriptor in set(descriptors):
+        os.close(descriptor)
+    with open(waiting.report, "rb") as file:
         content = file.read(_REPORT_BYTES)
     if content == job.CONFINED:
-        return pid
+        return
     failure = content.removeprefix(job.CONFINED)
     if not failure:
-        raise StepError(Failure("job", 0, "it ended before it was confined"))
+        raise StepError(Failure("fork", 0, "the job ended before it was confined"))
     raise StepError(messages.decode_failure(failure))
 
 

@@ -1,8 +1,11 @@
 """The job's own steps: from a copy of init to an untrusted program with nothing in its hands.
 
-`confine_and_execute` is the whole of it. The order of the steps matters and is explained beside each.
+The job is forked ahead of its order and confines itself while init still builds the container, on another processor
+if there is one. `prepare` is what needs no order, `confine` the rest; the order of the steps matters and is explained
+beside each.
 """
 
+import errno
 import math
 import os
 import resource
@@ -11,11 +14,12 @@ from typing import NoReturn
 import prctl
 
 from jhansi_runtime.isolation import caps, idmap, seccomp, signals, terminal
-from jhansi_runtime.isolation.channel import Failure, Order, encode_failure
+from jhansi_runtime.isolation import channel as messages
+from jhansi_runtime.isolation.channel import Channel, Failure, Order, encode_failure
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
 
-__all__ = ["CONFINED", "EXECVE", "confine_and_execute"]
+__all__ = ["CONFINED", "EXECVE", "main"]
 
 CONFINED = b"."
 EXECVE = "execve"
@@ -24,34 +28,30 @@ _STACK_BYTES = 8 << 20
 _LOCKED_BYTES = 64 << 10
 
 
-def confine_and_execute(order: Order, streams: list[int], report: int) -> NoReturn:
-    """Give everything up, then become the program.
+def main(channel: Channel, report: int) -> NoReturn:
+    """Give everything up, wait for the order, and become its program.
 
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
     program that ran; a failure of a step, or of execve, is written as itself.
     """
     try:
-        _confine(order, streams, report)
-        os.write(report, CONFINED)
-        _execute(order)
+        _prepare()
+        kind, _, descriptors = channel.receive()
+        if kind == messages.ORDER:
+            content, root, *streams = descriptors
+            order = messages.read_order(content)
+            _confine(order, root, streams, report)
+            os.write(report, CONFINED)
+            _execute(order)
     except StepError as error:
         os.write(report, encode_failure(error.failure))
     finally:
         os._exit(1)
 
 
-def _confine(order: Order, streams: list[int], report: int) -> None:
+def _prepare() -> None:
     with step("session"):
         os.setsid()
-    with step("streams"):
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-        if order.terminal:
-            terminal.adopt(order.on_terminal.index(True))
-    with step("working directory"):
-        _enter_workspace()
-    with step("limits"):
-        _limit(order)
     with step("user namespace"):
         _leave_init_powers()
     with step("capabilities"):
@@ -60,7 +60,19 @@ def _confine(order: Order, streams: list[int], report: int) -> None:
         prctl.set_no_new_privs(1)
     with step("signals"):
         signals.reset()
-    # Late, because every step before may have opened something; a working directory is checked, not inherited.
+
+
+def _confine(order: Order, root: int, streams: list[int], report: int) -> None:
+    with step("working directory"):
+        _enter_workspace(root)
+    with step("streams"):
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        if order.terminal:
+            terminal.adopt(order.on_terminal.index(True))
+    with step("limits"):
+        _limit(order)
+    # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
         close_range(report + 1)
@@ -76,11 +88,14 @@ def _execute(order: Order) -> NoReturn:
         raise StepError(Failure(EXECVE, error.errno or 0, os.fsdecode(order.argv[0]))) from error
 
 
-def _enter_workspace() -> None:
+def _enter_workspace(root: int) -> None:
+    # init's pivot_root moved this process along; should it ever not, the host would lie open here.
+    if not os.path.samestat(os.fstat(root), os.stat("/")):
+        raise OSError(errno.EXDEV, "the root directory is not the container's")
     os.chdir(_WORKSPACE)
     # A working directory outside the root would let `..` walk the host (CVE-2024-21626); getcwd tells such a one.
     if os.getcwd() != _WORKSPACE:
-        raise OSError(0, "the working directory is not the workspace")
+        raise OSError(errno.EXDEV, "the working directory is not the workspace")
     os.umask(0o022)
 
 

@@ -1,7 +1,9 @@
 """The launcher's side of a container: clone init, map its ids, and hold what is needed to talk to it and to end it."""
 
+import errno
 import os
 import signal
+from contextlib import suppress
 from typing import NamedTuple
 
 from jhansi_runtime.isolation import channel as messages
@@ -38,6 +40,8 @@ def launch(container: Container) -> Init:
 
     Whoever calls this must have one thread, must wait for the pid, and takes the container along when it dies.
     """
+    with step("one thread"):
+        _require_one_thread()
     command_line = command_line_span()
     with step("channel"):
         ours, theirs = messages.pair()
@@ -50,14 +54,22 @@ def launch(container: Container) -> Init:
             inside.main(container, theirs, command_line)
         with step("id map"):
             idmap.map_from_parent(pid, container.host_id)
-            ours.send(messages.MAPPED)
         mapped = True
+        with suppress(BrokenPipeError):  # init has failed already, and has said at which step
+            ours.send(messages.MAPPED)
     finally:
         theirs.close()
         if not mapped:
             ours.close()
             _end(pid, pidfd)
     return Init(pid, pidfd, ours)
+
+
+def _require_one_thread() -> None:
+    # A lock that another thread holds at the clone stays held in init, which then hangs at its first allocation.
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise OSError(errno.EDEADLK, f"this process has {threads} threads, and a container is cloned from one alone")
 
 
 def _end(pid: int, pidfd: int) -> None:

@@ -61,8 +61,8 @@ _DEVICE_LINKS = {
     "stderr": "/proc/self/fd/2",
 }
 
-# What /proc tells anyone of the whole machine. A kernel may lack some of these, and then needs no mask for it. What only
-# root may open (kcore, kmsg, kpage*, slabinfo, sysrq-trigger ...) belongs to an id that no map here holds, and needs none.
+# What /proc tells anyone of the whole machine. A kernel may lack some of these, and then needs no mask for it. What
+# only root may open (kcore, kmsg, slabinfo, sysrq-trigger ...) belongs to an id that no map here holds.
 _PROC_MASKED_FILES = (
     "config.gz",
     "kallsyms",

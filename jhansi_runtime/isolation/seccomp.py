@@ -73,7 +73,7 @@ def _argument(pyseccomp: Any, argument: Mapping[str, Any]) -> Any:  # noqa: ANN4
     return pyseccomp.Arg(argument["index"], operation, argument["value"], argument.get("valueTwo", 0))
 
 
-def _add_rule(pyseccomp: Any, target: Any, code: int, name: str, arguments: list[Any]) -> None:  # noqa: ANN401 - likewise
+def _add_rule(pyseccomp: Any, target: Any, code: int, name: str, arguments: list[Any]) -> None:  # noqa: ANN401
     if pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) == _NR_SCMP_ERROR:
         return
     target.add_rule(code, name, *arguments)

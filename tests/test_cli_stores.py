@@ -1,11 +1,14 @@
-"""The command line's audit, doctor and completion: real processes, judged by what they print and end with."""
+"""The commands that run no program, as a user meets them: sandboxes, files, audit, doctor, completion."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import environment_with, run
+
+HOSTILE = b"a\n\x1b[31m\xff"
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def jhansi(environment):
 @pytest.fixture
 def box(jhansi, tmp_path):
     """A sandbox of that name that holds main.py and whose programs are the host's."""
-    (tmp_path / "main.py").write_text("")
+    (tmp_path / "main.py").write_text("print(1)\n")
     identity = jhansi("create", "--name", "box", "--rootfs", "host").stdout.strip()
     assert jhansi("put", identity, tmp_path / "main.py").returncode == 0
     return identity
@@ -31,6 +34,85 @@ def box(jhansi, tmp_path):
 def document(answer):
     """The JSON document that is all of stdout."""
     return json.loads(answer.stdout)
+
+
+# --- sandboxes and files --------------------------------------------------------------------------------------
+
+
+def test_create_prints_the_id_alone_and_the_id_a_prefix_and_the_name_all_reach_it(jhansi, box):
+    assert len(box.split()) == 1
+    for reference in (box, box[:-1], "box"):
+        assert document(jhansi("show", reference, "--json"))["id"] == box
+
+
+def test_create_keeps_what_it_was_told(jhansi):
+    words = ["--label", "team=red=blue", "--label", "empty=", "--ttl", "2h", "--timeout", "1m30s", "--output", "2M"]
+    created = document(jhansi("create", "--rootfs", "host", "--json", *words))
+    assert created == document(jhansi("show", created["id"], "--json"))
+    assert created["labels"] == {"team": "red=blue", "empty": ""}
+    assert created["limits"]["timeout"] == 90.0
+    assert created["limits"]["output"] == 2 * 1024**2
+    assert created["rootfs"] == "host"
+    assert created["expires_at"] > created["created_at"]
+
+
+def test_ls_lists_all_or_those_with_a_label(jhansi, box):
+    red = jhansi("create", "--rootfs", "host", "--label", "team=red").stdout.strip()
+    assert {entry["id"] for entry in document(jhansi("ls", "--json"))} == {box, red}
+    assert [entry["id"] for entry in document(jhansi("ls", "--json", "--label", "team=red"))] == [red]
+    listing = jhansi("ls").stdout
+    assert listing.startswith("ID ")
+    assert {line.split()[0] for line in listing.splitlines()[1:]} == {box, red}
+
+
+def test_rm_removes_the_others_when_one_is_not_there_and_says_so_in_its_status(jhansi, box):
+    other = jhansi("create", "--rootfs", "host").stdout.strip()
+    answer = jhansi("rm", box, "nobody", other)
+    assert answer.returncode == 125
+    assert len(answer.stderr.splitlines()) == 1
+    assert "nobody" in answer.stderr
+    assert document(jhansi("ls", "--json")) == []
+
+
+def test_gc_removes_what_is_out_of_time_and_nothing_else(jhansi, box):
+    expired = jhansi("create", "--rootfs", "host", "--ttl", "1ms").stdout.strip()
+    assert jhansi("gc").stdout == f"{expired}\n"
+    assert [entry["id"] for entry in document(jhansi("ls", "--json"))] == [box]
+
+
+@pytest.mark.usefixtures("box")
+def test_files_and_folders_go_in_and_come_out_as_they_were(jhansi, tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "data").write_bytes(bytes(range(256)))
+    (tmp_path / "single").write_text("alone")
+    (tmp_path / "out").mkdir()
+    assert jhansi("put", "box", tmp_path / "in", tmp_path / "single", "--to", "sub").returncode == 0
+    assert jhansi("get", "box", "sub/in", "sub/single", "-o", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "in" / "deep" / "data").read_bytes() == bytes(range(256))
+    assert (tmp_path / "out" / "single").read_text() == "alone"
+
+
+@pytest.mark.usefixtures("box")
+def test_get_writes_to_the_named_file_or_into_the_current_folder(jhansi, tmp_path):
+    (tmp_path / "here").mkdir()
+    assert jhansi("get", "box", "main.py", "-o", tmp_path / "copy.py").returncode == 0
+    assert jhansi("get", "box", "main.py", cwd=tmp_path / "here").returncode == 0
+    assert (tmp_path / "copy.py").read_text() == (tmp_path / "here" / "main.py").read_text() == "print(1)\n"
+
+
+@pytest.mark.usefixtures("box")
+def test_a_listing_of_hostile_names_has_one_printable_line_each_and_json_keeps_every_byte(jhansi, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), HOSTILE)
+    with open(path, "wb"):
+        pass
+    assert jhansi("put", "box", path).returncode == 0
+    lines = jhansi("files", "box").stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[1].endswith("  a\\n\\x1b[31m\\xff")
+    assert os.fsencode(document(jhansi("files", "box", "--json"))[0]["path"]) == HOSTILE
+
+
+# --- audit, doctor, completion ----------------------------------------------------------------------------------
 
 
 def test_audit_show_tells_what_happened_and_picks_by_sandbox_run_and_time(jhansi, box):

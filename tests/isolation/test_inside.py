@@ -1,0 +1,383 @@
+"""What a job sees and can do in its container, told by a program that looks at everything (facts.py).
+
+Asked twice, in a root tree of our own and in the host's programs: nothing may depend on which.
+"""
+
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import struct
+
+import pytest
+import pyseccomp
+from conftest import host_lacks
+
+FACTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "facts.py")
+SECRET = "a-secret-on-the-command-line"
+NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
+
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
+ADDR_NO_RANDOMIZE = 0x0040000
+SOCK_STREAM, SOCK_RAW, SOCK_SEQPACKET = 1, 3, 5
+TIOCSTI, TIOCLINUX, TIOCSETD = 0x5412, 0x541C, 0x5423
+AT_FDCWD, O_CREAT = -100, 0o100
+DEVICE_OF_A_DISK = (254 << 8) | 0
+
+# What is tried, the call, its arguments, and the error that a job gets. Where another argument would be harmless, the
+# dangerous one stands here; the others are such that only the filter says EPERM before the kernel has looked at them.
+CALLS = [
+    ("mount", "mount", ["none", "/tmp", "tmpfs", 0, 0], "EPERM"),
+    ("remount the root writable", "mount", ["none", "/", "", 0x1020, 0], "EPERM"),
+    ("umount2", "umount2", ["/proc/sys", 2], "EPERM"),
+    ("pivot_root", "pivot_root", ["/tmp", "/tmp"], "EPERM"),
+    ("chroot", "chroot", ["/tmp"], "EPERM"),
+    ("open_tree", "open_tree", [AT_FDCWD, "/", 1], "EPERM"),
+    ("move_mount", "move_mount", [AT_FDCWD, "/tmp", AT_FDCWD, "/home", 0], "EPERM"),
+    ("fsopen", "fsopen", ["tmpfs", 0], "EPERM"),
+    ("fspick", "fspick", [AT_FDCWD, "/", 0], "EPERM"),
+    ("mount_setattr", "mount_setattr", [AT_FDCWD, "/", 0, 0, 0], "EPERM"),
+    ("unshare the user namespace", "unshare", [CLONE_NEWUSER], "EPERM"),
+    ("unshare the mount namespace", "unshare", [CLONE_NEWNS], "EPERM"),
+    ("setns", "setns", [0, 0], "EPERM"),
+    ("clone into a user namespace", "clone", [CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0], "EPERM"),
+    ("clone3", "clone3", [0, 0], "ENOSYS"),
+    ("ptrace", "ptrace", [0, 0, 0, 0], "EPERM"),
+    ("process_vm_readv", "process_vm_readv", [1, 0, 0, 0, 0, 0], "EPERM"),
+    ("process_vm_writev", "process_vm_writev", [1, 0, 0, 0, 0, 0], "EPERM"),
+    ("pidfd_getfd", "pidfd_getfd", [0, 0, 0], "EPERM"),
+    ("kcmp", "kcmp", [1, 1, 0, 0, 0], "EPERM"),
+    ("bpf", "bpf", [0, 0, 0], "EPERM"),
+    ("perf_event_open", "perf_event_open", [0, 0, -1, -1, 0], "EPERM"),
+    ("keyctl", "keyctl", [0, -3, 1], "EPERM"),
+    ("add_key", "add_key", ["user", "name", "payload", 7, -3], "EPERM"),
+    ("request_key", "request_key", ["user", "name", 0, 0], "EPERM"),
+    ("io_uring_setup", "io_uring_setup", [1, 0], "ENOSYS"),
+    ("io_uring_enter", "io_uring_enter", [0, 0, 0, 0, 0], "ENOSYS"),
+    ("io_uring_register", "io_uring_register", [0, 0, 0, 0], "ENOSYS"),
+    ("userfaultfd", "userfaultfd", [1], "EPERM"),
+    ("open_by_handle_at", "open_by_handle_at", [AT_FDCWD, 0, 0], "EPERM"),
+    ("name_to_handle_at", "name_to_handle_at", [AT_FDCWD, "/", 0, 0, 0], "EPERM"),
+    ("fanotify_init", "fanotify_init", [0x200, 0], "EPERM"),
+    ("personality without address randomisation", "personality", [ADDR_NO_RANDOMIZE], "EPERM"),
+    ("kexec_load", "kexec_load", [0, 0, 0, 0], "EPERM"),
+    ("kexec_file_load", "kexec_file_load", [0, 0, 0, 0, 0], "EPERM"),
+    ("init_module", "init_module", [0, 0, ""], "EPERM"),
+    ("finit_module", "finit_module", [0, "", 0], "EPERM"),
+    ("delete_module", "delete_module", ["loop", 0], "EPERM"),
+    ("reboot", "reboot", [0, 0, 0, 0], "EPERM"),
+    ("swapon", "swapon", ["/workspace/swap", 0], "EPERM"),
+    ("acct", "acct", [0], "EPERM"),
+    ("quotactl", "quotactl", [0, 0, 0, 0], "EPERM"),
+    ("syslog", "syslog", [10, 0, 0], "EPERM"),
+    ("clock_settime", "clock_settime", [0, 0], "EPERM"),
+    ("settimeofday", "settimeofday", [0, 0], "EPERM"),
+    ("iopl", "iopl", [3], "EPERM"),
+    ("ioperm", "ioperm", [0x80, 1, 1], "EPERM"),
+    ("modify_ldt", "modify_ldt", [0, 0, 0], "EPERM"),
+    ("sethostname", "sethostname", ["x", 1], "EPERM"),
+    ("openat2", "openat2", [AT_FDCWD, "/", 0, 0], "ENOSYS"),
+    ("socket AF_ALG", "socket", [38, SOCK_SEQPACKET, 0], "EPERM"),
+    ("socket AF_VSOCK", "socket", [40, SOCK_STREAM, 0], "EPERM"),
+    ("socket AF_PACKET", "socket", [17, SOCK_RAW, 0], "EPERM"),
+    ("socket AF_XDP", "socket", [44, SOCK_RAW, 0], "EPERM"),
+    ("socket AF_KEY", "socket", [15, SOCK_RAW, 2], "EPERM"),
+    ("socket AF_CAN", "socket", [29, SOCK_RAW, 1], "EPERM"),
+    ("socket AF_TIPC", "socket", [30, SOCK_SEQPACKET, 0], "EPERM"),
+    ("socket NETLINK_NETFILTER", "socket", [16, SOCK_RAW, 12], "EPERM"),
+    ("socket AF_ALG, in the low half of 64 bits", "socket", [(1 << 32) | 38, SOCK_SEQPACKET, 0], "EPERM"),
+    ("raw socket", "socket", [2, SOCK_RAW, 1], "EPERM"),
+    ("raw socket of IPv6", "socket", [10, SOCK_RAW, 58], "EPERM"),
+    ("TIOCSTI", "ioctl", [1, TIOCSTI, "x"], "EPERM"),
+    ("TIOCSTI, in the low half of 64 bits", "ioctl", [1, (1 << 32) | TIOCSTI, "x"], "EPERM"),
+    ("TIOCLINUX", "ioctl", [1, TIOCLINUX, "x"], "EPERM"),
+    ("TIOCSETD", "ioctl", [1, TIOCSETD, "x"], "EPERM"),
+    ("chmod setuid", "chmod", ["/workspace", 0o4755], "EPERM"),
+    ("fchmodat setgid", "fchmodat", [AT_FDCWD, "/workspace", 0o2755], "EPERM"),
+    ("fchmodat2", "fchmodat2", [AT_FDCWD, "/workspace", 0o4755, 0], "ENOSYS"),
+    ("open setuid", "openat", [AT_FDCWD, "/workspace/setuid", O_CREAT, 0o4755], "EPERM"),
+    ("mknod of a device", "mknodat", [AT_FDCWD, "/workspace/disk", stat.S_IFBLK | 0o666, DEVICE_OF_A_DISK], "EPERM"),
+    ("setresuid root", "setresuid", [0, 0, 0], "EINVAL"),
+    ("setresgid root", "setresgid", [0, 0, 0], "EINVAL"),
+    ("setgroups", "setgroups", [0, 0], "EPERM"),
+    ("setpriority", "setpriority", [0, 0, -5], "EACCES"),
+    ("sched_setscheduler", "sched_setscheduler", [0, 1, "\1\0\0\0"], "EPERM"),
+    ("kill of a process outside", "kill", [os.getpid(), 0], "ESRCH"),
+]
+
+MASKED_FILES = ("config.gz kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags modules "
+                "pagetypeinfo sched_debug slabinfo sysrq-trigger timer_list vmallocinfo").split()
+MASKED_FOLDERS = ("acpi", "asound", "driver", "scsi")
+
+DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+
+INERT = {"ro", "nosuid", "nodev", "noexec"}
+# What is mounted where: the type of its filesystem (None: the host's, whatever that is) and the flags it must have.
+MOUNTS = {
+    "/": (None, {"ro", "nosuid", "nodev"}),
+    "/proc": ("proc", {"rw", "nosuid", "nodev", "noexec"}),
+    **{f"/proc/{name}": ("proc", INERT) for name in ("bus", "fs", "irq", "sys")},
+    "/.jhansi": (None, INERT),
+    "/dev": ("tmpfs", {"ro", "nosuid", "noexec"}),
+    **{f"/dev/{name}": (None, {"rw", "nosuid", "noexec"}) for name in DEVICES},
+    "/dev/pts": ("devpts", {"rw", "nosuid", "noexec"}),
+    "/tmp": ("tmpfs", {"rw", "nosuid", "nodev"}),
+    "/home/sandbox": ("tmpfs", {"rw", "nosuid", "nodev"}),
+    "/dev/shm": ("tmpfs", {"rw", "nosuid", "nodev"}),
+    "/workspace": (None, {"rw", "nosuid", "nodev"}),
+}
+# The only folders of the host's whose programs --rootfs host lends.
+LENT = {"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache"}
+FLAGS = {"ro", "rw", "nosuid", "nodev", "noexec"}
+
+
+def number_of(call):
+    return pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
+
+
+def calls_of_this_machine():
+    """Those that its architecture and its libseccomp know; a number that it does not know is negative."""
+    return [(label, number_of(call), arguments) for label, call, arguments, _ in CALLS if number_of(call) >= 0]
+
+
+def own_addresses():
+    """The host's addresses, and one that is nobody's (RFC 5737)."""
+    found = {"192.0.2.1"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        try:
+            client.connect(("192.0.2.1", 9))
+        except OSError:
+            return sorted(found)  # a host without a network
+        return sorted(found | {client.getsockname()[0]})
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory):
+    """A file of the host that anybody may read."""
+    path = tmp_path_factory.mktemp("host") / "a-file-of-the-host"
+    path.write_text("a file of the host\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["recipe", "host"])
+def rootfs(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def facts(rootfs, jhansi, secret, runtime_environment, tmp_path_factory):
+    """What the program in facts.py tells, beside a sandbox of somebody else's."""
+    neighbour = jhansi("create").stdout.strip()
+    note = tmp_path_factory.mktemp("neighbour") / "a-file-of-the-neighbour"
+    note.write_text("private\n")
+    assert jhansi("put", neighbour, note).returncode == 0
+    others = os.path.join(runtime_environment["JHANSI_HOME"], "workspaces", neighbour, "workspace", note.name)
+    assert os.path.exists(others)
+    up = "../" * 30
+    lost = [secret, others, f"/..{secret}", up + secret, f"/proc/1/root{secret}", f"/proc/1/cwd/{up}{secret}"]
+    lost += [f"/.jhansi/workspaces/{neighbour}/workspace/{note.name}", f"../../{neighbour}/workspace/{note.name}"]
+    asked = {"calls": calls_of_this_machine(), "lost": lost, "addresses": own_addresses()}
+    asked |= {"masked files": MASKED_FILES, "masked folders": MASKED_FOLDERS}
+    words = ["--rootfs", rootfs, "--env", f"TOKEN={SECRET}", FACTS, json.dumps(asked)]
+    answer = jhansi("run", *words, cwd=os.path.dirname(secret))
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+# --- who the job is -------------------------------------------------------------------------------------------
+
+
+def test_every_namespace_is_another_than_the_hosts(facts):
+    assert set(facts["namespaces"]) == set(NAMESPACES)
+    for name, inside in facts["namespaces"].items():
+        assert inside != os.readlink(f"/proc/self/ns/{name}")
+
+
+def test_the_job_is_uid_and_gid_1000_and_no_other_id_is_mapped(facts):
+    assert facts["ids"] == {"uid": [1000] * 3, "gid": [1000] * 3, "groups": facts["ids"]["groups"]}
+    assert set(facts["ids"]["groups"]) <= {1000, 65534}  # an ordinary user's other groups cannot be left, nor named
+    assert facts["id maps"] == [["1000", "1000", "1"]] * 2
+    assert facts["setgroups"] == "deny"
+
+
+@pytest.mark.parametrize("capability_set", ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"])
+def test_no_set_holds_a_capability(facts, capability_set):
+    assert int(facts["status"][capability_set], 16) == 0
+
+
+def test_no_new_privileges_and_a_seccomp_filter(facts):
+    assert (facts["status"]["NoNewPrivs"], facts["status"]["Seccomp"]) == ("1", "2")
+    assert int(facts["status"]["Seccomp_filters"]) >= 1
+
+
+def test_the_job_leads_a_session_without_a_terminal(facts):
+    pid, parent, session, group = facts["pids"]
+    assert parent == 1
+    assert session == group == pid
+    assert facts["terminal"] == "ENXIO"
+
+
+# --- what it sees ---------------------------------------------------------------------------------------------
+
+
+def test_no_process_is_listed_but_init_and_the_job(facts):
+    assert sorted(facts["processes"]) == ["1", str(facts["pids"][0])]
+
+
+def test_nothing_of_init_can_be_read(facts):
+    told = facts["init"]
+    assert told.pop("cmdline").strip("\0") == ""
+    # auxv, syscall and io are refused with an error or with nothing, depending on the kernel.
+    assert set(told.values()) <= {"EACCES", "EPERM", ""} if True else told
+    assert {told[name] for name in ("exe", "root", "cwd", "fd", "environ", "mem", "maps")} <= {"EACCES", "EPERM"}
+
+
+def test_the_environment_is_ours_and_what_was_asked_for(facts):
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    fixed = {"PATH": path, "HOME": "/home/sandbox", "LANG": "C.UTF-8"}
+    assert facts["environment"] == {**fixed, "TOKEN": SECRET}
+
+
+def test_the_hosts_name_is_not_seen(facts):
+    assert facts["hostname"] == "sandbox"
+    assert facts["cgroup"]
+    assert {line.rpartition(":")[2] for line in facts["cgroup"]} == {"/"}
+
+
+@pytest.mark.parametrize("what", ["its path", "another sandbox"])
+def test_no_path_leads_to_a_file_of_the_host(facts, what):
+    del what
+    assert set(facts["lost"].values()) <= {"ENOENT", "EACCES", "ENOTDIR"}, facts["lost"]
+
+
+def test_the_hidden_folder_of_workspaces_is_empty(facts):
+    assert facts["hidden"] == []
+
+
+def test_every_mount_is_accounted_for(facts, rootfs):
+    expected = {*MOUNTS, *(f"/proc/{name}" for name in (*MASKED_FILES, *MASKED_FOLDERS))}
+    expected |= {"/proc/latency_stats", "/proc/mtd", "/proc/timer_stats"}
+    found = {mount[4] for mount in facts["mounts"]}
+    assert found >= set(MOUNTS)
+    surplus = found - expected
+    assert surplus <= (LENT if rootfs == "host" else set())
+
+
+def test_every_mount_has_its_flags(facts):
+    for mount in facts["mounts"]:
+        place, options, kind = mount[4], set(mount[5].split(",")), mount[mount.index("-") + 1]
+        if place in LENT:
+            assert options & FLAGS == {"ro", "nosuid", "nodev"}, mount
+            continue
+        wanted_kind, wanted = MOUNTS.get(place, (None, INERT))
+        assert options & FLAGS == wanted, mount
+        assert wanted_kind in {None, kind}, mount
+
+
+def test_no_mount_is_shared_with_the_host(facts):
+    for mount in facts["mounts"]:
+        assert not any(field.startswith(("shared:", "propagate_from:")) for field in mount[6 : mount.index("-")]), mount
+
+
+def test_every_file_is_of_the_root_tree_or_of_the_containers_own_mounts(facts, rootfs, runtime_environment):
+    if rootfs == "host":
+        pytest.skip("the host's programs are in sight on purpose")
+    trees = os.path.join(runtime_environment["JHANSI_HOME"], "rootfs")
+    with open(os.path.join(trees, "python.json")) as file:
+        tree = os.path.join(trees, json.load(file)["tree"])
+    expected = {"/workspace/facts.py", *(f"/dev/{name}" for name in DEVICES), "/dev/pts/ptmx"}
+    expected |= {f"/dev/{name}" for name in ("pts", "shm", "ptmx", "fd", "stdin", "stdout", "stderr")}
+    for folder, folders, files in os.walk(tree):
+        expected |= {os.path.join(folder, name).removeprefix(tree) for name in (*folders, *files)}
+    assert set(facts["tree"]) - expected == set()
+
+
+def test_every_device_is_one_of_ours_and_no_other(facts):
+    devices = {path: rdev for path, (kind, _, rdev) in facts["tree"].items() if kind in {stat.S_IFCHR, stat.S_IFBLK}}
+    ptmx = os.makedev(5, 2)
+    assert devices == {f"/dev/{name}": os.makedev(*number) for name, number in DEVICES.items()} | {"/dev/pts/ptmx": ptmx}
+    links = {path for path, (kind, *_) in facts["tree"].items() if kind == stat.S_IFLNK and path.startswith("/dev/")}
+    assert links == {"/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr"}
+
+
+def test_no_terminal_of_the_host_is_in_devpts(facts):
+    assert facts["terminals"] == ["ptmx"]
+
+
+def test_the_only_interface_is_lo_and_it_is_up(facts):
+    assert facts["interfaces"] == ["lo"]
+    assert facts["loopback"] == [True, True]
+
+
+def test_no_address_outside_can_be_reached(facts):
+    assert set(facts["outside"].values()) == {"ENETUNREACH"}
+
+
+def test_what_proc_tells_of_the_machine_is_empty(facts):
+    here = [name for name in MASKED_FILES if os.path.exists(f"/proc/{name}")]
+    assert here
+    assert {name: facts["masked files"][name] for name in here} == dict.fromkeys(here, "")
+    folders = [name for name in MASKED_FOLDERS if os.path.exists(f"/proc/{name}")]
+    assert {name: facts["masked folders"][name] for name in folders} == {name: [] for name in folders}
+
+
+# --- what it can change ---------------------------------------------------------------------------------------
+
+
+def test_nothing_can_be_written_but_the_workspace_and_the_scratch_folders(facts):
+    assert sorted(facts["writable"]) == ["/dev/shm", "/home/sandbox", "/tmp", "/workspace", "/workspace/facts.py"]
+
+
+def test_no_switch_of_the_kernel_can_be_written(facts):
+    assert [path for path in facts["writable in proc"] if not path.startswith("/proc/pressure/")] == []
+
+
+@pytest.mark.parametrize(("label", "call", "expected"), [(label, call, error) for label, call, _, error in CALLS])
+def test_a_call_that_leads_out_is_refused(facts, label, call, expected):
+    if number_of(call) < 0:
+        host_lacks("system call", f"this machine's table has no {call}")
+    assert facts["calls"][label] == expected
+
+
+# --- how it starts --------------------------------------------------------------------------------------------
+
+
+def test_three_descriptors_are_open(facts):
+    assert facts["descriptors"] == ["0", "1", "2", "3"]  # 3 is the listing's own
+
+
+def test_it_starts_in_the_workspace_with_the_usual_umask(facts):
+    assert (facts["working directory"], facts["umask"]) == ("/workspace", 0o022)
+
+
+def test_signals_have_their_default_actions_and_none_is_blocked(jhansi, rootfs):
+    box = jhansi("create").stdout.strip()
+    # Python itself ignores two; and what starts this one ignores and blocks others.
+    ignoring = "trap '' INT QUIT PIPE HUP USR1; exec \"$@\""
+    words = ["exec", "--rootfs", rootfs, "--command", box, "cat", "/proc/self/status"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGCHLD})
+    try:
+        answer = jhansi(*words, under=["sh", "-c", ignoring, "sh"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    status = dict(line.split(":\t") for line in answer.stdout.splitlines())
+    assert {name: int(status[name], 16) for name in ("SigIgn", "SigBlk", "SigCgt", "SigPnd", "ShdPnd")} == dict.fromkeys(
+        ("SigIgn", "SigBlk", "SigCgt", "SigPnd", "ShdPnd"), 0
+    )
+
+
+def test_the_limits_are_those_that_were_asked_for(facts):
+    limits = facts["limits"]
+    assert limits["core"] == [0, 0]
+    assert limits["cpu"] == [30, 31]
+    assert limits["fsize"] == [256 << 20] * 2
+    assert limits["nofile"][0] == limits["nofile"][1] <= 1024
+    assert limits["nice"] == limits["rtprio"] == [0, 0]
+    assert limits["memlock"][1] <= 64 << 10
+
+
+def test_the_job_cannot_shield_itself_from_the_out_of_memory_killer(facts):
+    assert int(facts["oom"]) >= 0
+    assert facts["oom lowered"] in {"EACCES", "EPERM"}
