@@ -313,7 +313,7 @@ class _Tree:
             os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
-                self._remove(parent, name)
+                os.unlink(name, dir_fd=parent)
                 os.mkdir(name, 0o700, dir_fd=parent)
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
@@ -325,7 +325,7 @@ class _Tree:
         try:
             fd = os.open(name, _CREATE_FLAGS, 0o600, dir_fd=parent)
         except FileExistsError:
-            self._remove(parent, name)
+            os.unlink(name, dir_fd=parent)
             fd = os.open(name, _CREATE_FLAGS, 0o600, dir_fd=parent)
         with open(fd, "wb") as file:
             content = archive.extractfile(member)
@@ -348,7 +348,7 @@ class _Tree:
         try:
             os.symlink(target, name, dir_fd=parent)
         except FileExistsError:
-            self._remove(parent, name)
+            os.unlink(name, dir_fd=parent)
             os.symlink(target, name, dir_fd=parent)
 
     def _make_hard_link(self, parent: int, name: bytes, member: tarfile.TarInfo) -> None:
@@ -362,7 +362,7 @@ class _Tree:
             try:
                 os.link(target[-1], name, src_dir_fd=directory, dst_dir_fd=parent, follow_symlinks=False)
             except FileExistsError:
-                self._remove(parent, name)
+                os.unlink(name, dir_fd=parent)
                 os.link(target[-1], name, src_dir_fd=directory, dst_dir_fd=parent, follow_symlinks=False)
         finally:
             os.close(directory)
@@ -411,11 +411,6 @@ class _Tree:
         if self._parent_fd >= 0:
             os.close(self._parent_fd)
             self._parent_fd = -1
-
-    def _remove(self, parent: int, name: bytes) -> None:
-        os.unlink(name, dir_fd=parent)
-        # It may have been a link on the way to the directory that is kept open: look that up again next time.
-        self._parent_path = None
 
     def _permissions(self, mode: int) -> int:
         mode = mode & 0o755 | 0o600

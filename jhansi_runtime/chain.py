@@ -5,11 +5,11 @@ hash itself but with `prev`, the hash of the record before it. The line in the f
 fields in reading order. Record n stands in line n.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jhansi_runtime.digest import sha256
 from jhansi_runtime.errors import InvalidRequestError
 
 __all__ = ["Mark", "Verification", "Witness", "check", "last_chained", "parse_anchor", "seal"]
@@ -105,7 +105,7 @@ def parse_anchor(anchor: str) -> Mark:
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_canonical(content).encode("ascii")).hexdigest()
+    return sha256(_canonical(content).encode("ascii")).hexdigest()
 
 
 def _line_of(record: Mapping[str, Any]) -> bytes:

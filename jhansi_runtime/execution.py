@@ -246,8 +246,11 @@ def _status(this: Exec, ended: Ended) -> tuple[Status, int | None, int | None]:
     if os.WIFEXITED(wait_status):
         return "exited", os.WEXITSTATUS(wait_status), None
     number = os.WTERMSIG(wait_status)
-    # RLIMIT_CPU sends SIGXCPU at the limit and SIGKILL a second later; anyone may send the same signals earlier.
-    if number in {signal.SIGXCPU, signal.SIGKILL} and ended.outcome.cpu_seconds >= math.ceil(this.limits.cpu_time):
+    # RLIMIT_CPU sends SIGXCPU at the limit and SIGKILL a second later. Anyone may send them earlier, so the time is
+    # looked at; but the kernel compares the limit with whole ticks, and getrusage tells what was really used.
+    limit = math.ceil(this.limits.cpu_time)
+    at_least = {int(signal.SIGXCPU): limit - 0.5, int(signal.SIGKILL): limit}.get(number, math.inf)
+    if ended.outcome.cpu_seconds >= at_least:
         return "cpu_time_exceeded", None, number
     return "signaled", None, number
 

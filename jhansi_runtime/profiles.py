@@ -6,9 +6,9 @@ again.
 """
 
 import os
-from hashlib import sha256
 from typing import NamedTuple
 
+from jhansi_runtime.digest import sha256
 from jhansi_runtime.errors import HostError, NotFoundError
 from jhansi_runtime.isolation.seccomp import compile_profile
 

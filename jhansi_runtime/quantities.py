@@ -13,14 +13,15 @@ __all__ = ["duration_text", "parse_duration", "parse_size", "size_text"]
 SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 DURATION_UNITS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}  # milliseconds, largest first
 
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(?:([KMGT])I?)?B?", re.ASCII | re.IGNORECASE)
-_DURATION_PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(ms|[smhd])", re.ASCII)
-_SECONDS = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,9})?", re.ASCII)
+# Compiled when first used: most commands name no quantity.
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)"
+_SIZE = _NUMBER + "(?:([KMGTkmgt])[Ii]?)?[Bb]?"
+_DURATION_PART = _NUMBER + "(ms|[smhd])"
 
 
 def parse_size(text: str) -> int:
     """Bytes: "0", "4096", "64K", "1.5G". InvalidRequestError for anything else."""
-    match = _SIZE.fullmatch(text)
+    match = re.fullmatch(_SIZE, text)
     if match is None:
         raise InvalidRequestError(f"not a size: {text!r}", remedy="write a number of bytes, or one with K, M, G or T")
     number, unit = match.groups()
@@ -36,9 +37,9 @@ def size_text(size: int) -> str:
 
 def parse_duration(text: str) -> float:
     """Seconds: "30", "0.5s", "500ms", "2h", "1h30m". InvalidRequestError for anything else."""
-    if _SECONDS.fullmatch(text):
+    if re.fullmatch(_NUMBER, text):
         return float(text)
-    parts = _DURATION_PART.findall(text)
+    parts = re.findall(_DURATION_PART, text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise InvalidRequestError(
             f"not a duration: {text!r}", remedy="write seconds, or a number with ms, s, m, h or d"

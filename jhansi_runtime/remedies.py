@@ -5,6 +5,7 @@ A remedy says when it needs root; what then stands between `run as root: ` and a
 
 import errno
 import os
+from itertools import takewhile
 from typing import NamedTuple
 
 __all__ = [
@@ -80,6 +81,7 @@ _BY_ERRNO = {
 }
 # Here a refusal is about the permissions of a folder of the user's, not about what the host allows.
 _STEPS_ON_FILES = frozenset({"sources", "workspace", "working directory"})
+_FOLDERS = "see that the workspace, PETRI_WORKSPACE_ROOT and JHANSI_HOME are this user's, to read and to enter"
 
 # Directories of /proc that are there, and empty for good, to be mounted on: what covers one hides nothing.
 _EMPTY_IN_PROC = ("/sys/fs/binfmt_misc", "/fs/nfsd", "/openprom")
@@ -90,7 +92,7 @@ def remedy_for(step: str, number: int) -> str | None:
     if number == errno.ENOSYS:
         return _OLD_KERNEL if kernel_version() < OLDEST_KERNEL else _OUTER_RULES
     if step in _STEPS_ON_FILES:
-        return None
+        return _FOLDERS if number in {errno.EPERM, errno.EACCES} else None
     if number in {errno.ENOSPC, errno.EUSERS}:
         return _count_remedy(step)
     if number in {errno.EPERM, errno.EACCES, errno.EROFS}:
@@ -101,7 +103,7 @@ def remedy_for(step: str, number: int) -> str | None:
 def kernel_version() -> tuple[int, int]:
     """Major and minor number of the running kernel, as uname(2) tells it."""
     major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)
+    return int(major), int("".join(takewhile(str.isdigit, minor)))
 
 
 def covered_proc() -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 __all__ = ["StatusLine", "printable", "table"]
 
 BAR_WIDTH = 30
-_PERCENT = re.compile(r"\b(100|[0-9]{1,2})(?:\.[0-9]+)?%")
+_PERCENT = r"\b(100|[0-9]{1,2})(?:\.[0-9]+)?%"
 
 
 def printable(text: str) -> str:
@@ -49,7 +49,7 @@ class StatusLine:
         if not self._terminal:
             print(f"jhansi-run: {text}", file=sys.stderr, flush=True)
             return
-        percent = _PERCENT.search(text)
+        percent = re.search(_PERCENT, text)
         bar = f"[{'#' * (int(percent[1]) * BAR_WIDTH // 100):<{BAR_WIDTH}}] " if percent else ""
         # One column stays free: a terminal that wraps could not take the line back.
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80

@@ -15,6 +15,7 @@ away. Every lock is a flock(2) on a close-on-exec descriptor, so it dies with it
 import fcntl
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -92,6 +93,7 @@ class Sandboxes:
         )
         with explained(self.root):
             os.makedirs(self.root, mode=0o700, exist_ok=True)
+            self._let_owner_through(self.root)
             with self._opened_root() as root:
                 with _locked(root):
                     self._check_free(name)
@@ -261,11 +263,18 @@ class Sandboxes:
                 raise _not_found(sandbox_id)
             yield folder
 
+    def _let_owner_through(self, folder: int | str) -> None:
+        """Let the owner of a workspace, as whom init looks it up, pass a folder of root's; nobody may list it."""
+        mode = os.stat(folder).st_mode
+        if self.owner is not None and not mode & stat.S_IXOTH:
+            os.chmod(folder, stat.S_IMODE(mode) | stat.S_IXOTH)
+
     def _make(self, root: int, sandbox: Sandbox, *, durable: bool) -> None:
         creating = _CREATING + sandbox.id
         try:
             os.mkdir(creating, 0o700, dir_fd=root)
             with beneath.closing(os.open(creating, _DIRECTORY, dir_fd=root)) as folder:
+                self._let_owner_through(folder)
                 os.close(beneath.make_directory(folder, _WORKSPACE, self.owner))
                 _write(folder, sandbox, durable=durable)
             os.rename(creating, sandbox.id, src_dir_fd=root, dst_dir_fd=root)

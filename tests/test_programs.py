@@ -12,16 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
 
 from jhansi_runtime import ExecRequest, Runtime
-from jhansi_runtime.errors import InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
+from jhansi_runtime.errors import InvalidRequestError, JhansiError
 from jhansi_runtime.paths import Paths
 
 MIB = 1 << 20
@@ -52,9 +52,9 @@ class Row(NamedTuple):
     mode: int = 0o644
     command: tuple[bytes, ...] = ()
     args: tuple[bytes, ...] = ()
-    env: dict[str, str] = {}
+    env: Mapping[str, str] = MappingProxyType({})
     stdin: bytes = b""
-    limits: dict[str, float] = {}
+    limits: Mapping[str, float] = MappingProxyType({})
 
 
 def exits(code):
@@ -158,10 +158,10 @@ WHO = """
 import os, socket
 print(os.getresuid(), os.getresgid(), os.getcwd(), socket.gethostname(), os.path.expanduser("~"), oct(os.umask(0)))
 """
-PASSED_ENVIRONMENT = {
-    "HOME": "/home/sandbox",
-    "LANG": "C.UTF-8",
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+ENVIRONMENT = {
+    b"HOME": b"/home/sandbox",
+    b"LANG": b"C.UTF-8",
+    b"PATH": b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 }
 HOSTILE_NAME = b"a file\nof \xff\xfe bytes, \x1b[31m and --all.py"
 ODD_ARGUMENTS = (
@@ -273,7 +273,7 @@ TABLE = [
     Row(
         "the environment it is given, and none of ours",
         SHOW_ENVIRONMENT,
-        stdout=f"{sorted((k.encode(), v.encode()) for k, v in {**PASSED_ENVIRONMENT, 'A': '=b', 'E': ''}.items())}\n".encode(),
+        stdout=b"%a\n" % sorted({**ENVIRONMENT, b"A": b"=b", b"E": b""}.items()),
         env={"A": "=b", "E": ""},
     ),
     Row(
@@ -356,9 +356,10 @@ def processes_in(sandbox_id):
     """The command lines of all processes of the host that see the workspace of this sandbox mounted."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            with open(f"/proc/{pid}/mountinfo", encoding="utf-8") as mounts, open(f"/proc/{pid}/cmdline") as words:
-                if sandbox_id in mounts.read():
+        # A process may end meanwhile, or belong to someone else.
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/mountinfo", "rb") as mounts:
+            if sandbox_id.encode() in mounts.read():
+                with open(f"/proc/{pid}/cmdline", "rb") as words:
                     found.append(words.read())
     return found
 
@@ -414,9 +415,9 @@ def request(box, row):
         filename=None if row.command else os.fsdecode(row.name),
         command=[os.fsdecode(word) for word in row.command],
         args=[os.fsdecode(word) for word in row.args],
-        env=row.env,
+        env=dict(row.env),
         stdin=row.stdin,
-        limits=row.limits,
+        limits=dict(row.limits),
         encoding="base64",
     )
 
@@ -445,3 +446,181 @@ def test_a_program_comes_to_the_end_that_the_table_says(row, way, box, tmp_path)
     assert told.exit_status in {row.end.exit_status, None}
     assert told.result["stdout_truncated"] or told.result["stderr_truncated"] == (row.end.status == "output_limit")
     assert told.result["timed_out"] == (row.end == TIMED_OUT)
+
+
+# --- what cannot be run -------------------------------------------------------------------------------------
+
+
+class Refused(NamedTuple):
+    """What `make` leaves in the workspace, the words that name it to `jhansi-run exec`, and what comes of that."""
+
+    what: str
+    words: tuple[bytes, ...]
+    exit_status: int
+    error: str
+    make: Callable[[str], object] = lambda _workspace: None
+
+
+def make_socket(workspace):
+    folder = os.open(workspace, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{folder}/main.py")  # a socket's path has 107 bytes, no more
+    os.close(folder)
+
+
+MAIN = (b"main.py",)
+REFUSED = [
+    Refused("a missing file", MAIN, 127, "is not in the workspace"),
+    Refused("a file behind a file", (b"a/b.py",), 127, "is not in the workspace", lambda w: write(w, b"a", "")),
+    Refused("a name longer than any", (b"x" * 300,), 127, "is not in the workspace"),
+    Refused("a directory", MAIN, 126, "is a directory", lambda w: os.mkdir(f"{w}/main.py")),
+    Refused("a FIFO", MAIN, 126, "is a fifo", lambda w: os.mkfifo(f"{w}/main.py")),
+    Refused("a socket", MAIN, 126, "is a socket", make_socket),
+    Refused("a link out", MAIN, 126, "leads out", lambda w: os.symlink("../../../outside.py", f"{w}/main.py")),
+    Refused("an absolute link", MAIN, 126, "leads out", lambda w: os.symlink("/etc/passwd", f"{w}/main.py")),
+    Refused("behind a link out", (b"a/os.py",), 126, "leads out", lambda w: os.symlink("/usr/lib/python3", f"{w}/a")),
+    Refused("a link in a circle", MAIN, 126, "in circles", lambda w: os.symlink("main.py", f"{w}/main.py")),
+    Refused("a link to nothing", MAIN, 127, "is not in the workspace", lambda w: os.symlink("gone", f"{w}/main.py")),
+    Refused("a file that may not be read", MAIN, 126, "permissions", lambda w: write(w, b"main.py", "", 0o000)),
+    Refused(
+        "neither known nor executable",
+        (b"notes.txt",),
+        126,
+        "is not one of .py .pyc .pyw .pyz, and is not executable; make it executable, with a #! line",
+        lambda w: write(w, b"notes.txt", "text"),
+    ),
+    Refused(
+        "no format the kernel knows", (b"tool",), 126, "Exec format error", lambda w: write(w, b"tool", "??", 0o755)
+    ),
+    Refused("a missing #! program", (b"tool",), 127, "#! line", lambda w: write(w, b"tool", "#!/no/such\n", 0o755)),
+    Refused("a path out", (b"../main.py",), 125, "holds `..`"),
+    Refused("an absolute path", (b"/etc/passwd",), 125, "give a path relative to the workspace"),
+    Refused("an empty name", (b"",), 125, "the path is empty"),
+    Refused("a missing command", (b"--command", b"no-such-program"), 127, "is not there"),
+    Refused("a missing command by path", (b"--command", b"/workspace/main.py"), 127, "is not there"),
+    Refused("a command that is data", (b"--command", b"/etc/passwd"), 126, "cannot be executed: Permission denied"),
+    Refused("a command that is a directory", (b"--command", b"/tmp"), 126, "cannot be executed: Permission denied"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.what)
+def test_what_cannot_be_run_is_one_line_that_says_why_and_a_status(row, box):
+    row.make(box.workspace)
+    *options, word = row.words
+    argv = [sys.executable, "-m", "jhansi_runtime", "exec", *options, box.id, word]
+    ended = subprocess.run(argv, env=box.environment, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == row.exit_status
+    assert row.error in ended.stderr
+    assert ended.stderr.startswith("jhansi-run: error: ")
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
+
+    what = {"command": [os.fsdecode(word)]} if options else {"filename": os.fsdecode(word)}
+    with pytest.raises(JhansiError) as raised:
+        box.runtime.exec(ExecRequest(sandbox=box.id, **what))
+    assert raised.value.exit_code == row.exit_status
+
+
+# A single argument of 128 KiB, and 2 MiB of them and the environment together, are more than execve takes.
+@pytest.mark.parametrize("arguments", [["x" * (1 << 17)], ["x" * 1000] * 3000])
+def test_more_arguments_than_the_kernel_takes_are_a_clear_error(box, arguments):
+    write(box.workspace, b"main.py", "")
+    with pytest.raises(InvalidRequestError, match="too long together; pass them on stdin"):
+        box.runtime.exec(ExecRequest(sandbox=box.id, filename="main.py", args=arguments))
+
+
+# --- more than one exec -------------------------------------------------------------------------------------
+
+
+def test_a_link_that_stays_inside_is_run(box):
+    write(box.workspace, b"real/program.py", "import sys; print(__file__, sys.path[0])")
+    os.symlink("real/program.py", f"{box.workspace}/main.py")
+    result = box.runtime.exec(ExecRequest(sandbox=box.id, filename="main.py"))
+
+    assert result.stdout == "/workspace/main.py /workspace/real\n"
+
+
+def test_an_exec_finds_what_the_last_one_left_in_the_workspace_and_nothing_else_of_it(box):
+    source = "import os; print(*(os.path.exists(f'{f}/left') or open(f'{f}/left', 'w') and 'new' for f in {}))"
+    folders = ["/workspace", "/tmp", "/dev/shm", "/home/sandbox"]
+    write(box.workspace, b"main.py", source.replace("{}", str(folders)).replace("and 'new'", "and False"))
+    program = ExecRequest(sandbox=box.id, filename="main.py")
+
+    assert box.runtime.exec(program).stdout == "False False False False\n"
+    assert box.runtime.exec(program).stdout == "True False False False\n"
+
+
+def test_a_program_that_deleted_itself_is_not_there_for_the_next_exec(jhansi, box):
+    write(box.workspace, b"main.py", "import os; os.unlink(__file__)")
+
+    assert [jhansi("exec", box.id, "main.py").returncode for _ in range(2)] == [0, 127]
+
+
+MEET = """
+import os, sys, time
+mine, other = sys.argv[1:]
+open(mine, "w").close()
+while not os.path.exists(other):
+    time.sleep(0.01)
+print(os.getpid(), sorted(name for name in os.listdir("/proc") if name.isdigit()))
+"""
+
+
+def test_two_execs_at_once_share_the_workspace_and_do_not_see_each_other(box):
+    write(box.workspace, b"main.py", MEET)
+    argv = [sys.executable, "-m", "jhansi_runtime", "exec", box.id, "main.py"]
+    both = [
+        subprocess.Popen([*argv, *names], env=box.environment, stdout=subprocess.PIPE, text=True)
+        for names in (["a", "b"], ["b", "a"])
+    ]
+
+    assert [process.communicate()[0] for process in both] == ["2 ['1', '2']\n"] * 2
+    assert [process.returncode for process in both] == [0, 0]
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+LOOK_AROUND = "import os; print(os.listdir()); open('left', 'w').write('here')"
+
+
+@pytest.mark.parametrize("name", [b"hello.py", HOSTILE_NAME], ids=["plain", "hostile"])
+def test_run_has_a_workspace_with_the_file_alone_and_it_is_gone_afterwards(jhansi, runtime, tmp_path, name):
+    write(tmp_path, name, LOOK_AROUND)
+    before = os.listdir(runtime.paths.workspaces)
+    answer = jhansi("run", "--json", os.path.join(os.fsencode(tmp_path), name))
+    result = json.loads(answer.stdout)
+
+    assert (answer.returncode, result["stdout"], result["sandbox_id"]) == (0, f"{[os.fsdecode(name)]!a}\n", None)
+    assert os.listdir(runtime.paths.workspaces) == before
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("source", "exit_status"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137), ("import time; time.sleep(600)", 124)],
+)
+def test_run_leaves_no_workspace_however_it_ends(jhansi, runtime, tmp_path, source, exit_status):
+    write(tmp_path, b"main.py", source)
+    before = os.listdir(runtime.paths.workspaces)
+
+    assert jhansi("run", "--timeout", "1", tmp_path / "main.py").returncode == exit_status
+    assert os.listdir(runtime.paths.workspaces) == before
+
+
+def test_run_in_a_folder_of_the_host_keeps_what_the_program_leaves(jhansi, tmp_path):
+    write(tmp_path, b"a/main.py", LOOK_AROUND)
+    answer = jhansi("run", "--workspace", tmp_path, "a/main.py", cwd=tmp_path)
+
+    assert (answer.returncode, answer.stdout) == (0, "['a']\n"), answer.stderr
+    assert (tmp_path / "left").read_text() == "here"
+    assert (tmp_path / "left").stat().st_uid == os.getuid()
+
+
+@pytest.mark.parametrize("folder", [".", "..", "audit", "workspaces"])
+def test_run_refuses_a_workspace_that_holds_or_lies_in_what_we_keep(jhansi, runtime, folder):
+    workspace = os.path.join(runtime.paths.home, folder)
+    answer = jhansi("run", "--workspace", workspace, os.path.join(workspace, "main.py"))
+
+    assert answer.returncode == 125
+    assert "what jhansi-runtime keeps" in answer.stderr

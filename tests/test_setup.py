@@ -97,10 +97,9 @@ def test_the_demo_shows_a_programs_output_and_its_audit_record_and_leaves_no_san
     prepared, runtime_environment, jhansi
 ):
     before = jhansi("ls", "--json").stdout
+    demo = os.path.join(prepared, "tools", "demo")
 
-    answer = subprocess.run(
-        [os.path.join(prepared, "tools", "demo")], env=runtime_environment, capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([demo], env=runtime_environment, capture_output=True, text=True, check=False)
 
     assert (answer.returncode, answer.stderr) == (0, "")
     assert "as uid 1000 of host 'sandbox'" in answer.stdout
@@ -110,6 +109,13 @@ def test_the_demo_shows_a_programs_output_and_its_audit_record_and_leaves_no_san
     assert "exec.start" in record
     assert "exec.end" in record
     assert jhansi("ls", "--json").stdout == before
+
+
+@pytest.mark.root
+def test_the_demo_does_so_for_root(prepared, runtime_environment, jhansi):
+    test_the_demo_shows_a_programs_output_and_its_audit_record_and_leaves_no_sandbox(
+        prepared, runtime_environment, jhansi
+    )
 
 
 @pytest.mark.root

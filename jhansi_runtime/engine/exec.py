@@ -10,9 +10,9 @@ import os
 import select
 import signal
 import time
-from hashlib import sha256
 from typing import Literal, NamedTuple, Protocol
 
+from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
 from jhansi_runtime.engine.slot import Reaped, Slot, step_failed
 from jhansi_runtime.engine.wiring import Streams, Wiring

@@ -9,7 +9,8 @@ import errno
 import os
 import select
 import stat
-from hashlib import sha256
+
+from jhansi_runtime.digest import sha256
 
 __all__ = ["Input", "Output"]
 

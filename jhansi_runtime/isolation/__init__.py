@@ -20,6 +20,7 @@ is reported.
 
                  launcher                      init                          job
     prepare      clone3, id map     MAPPED ->  steps of `_prepare`     ->    steps of `_prepare`
+                                                               <- READY
                                     <- READY
     wait                            ORDER ->   workspace bound, the rest hidden
     run                                                        ORDER   ->    steps of `_confine`, execve

@@ -83,6 +83,9 @@ def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
     with step("mounts"):
         root = mounts.build_root(sources, container.tmp_bytes)
     with step("pivot_root"):
+        # Half way through, the root of this mount namespace is not that of its processes, and to such the kernel gives
+        # no user namespace (unshare(2), EPERM: chroot). Without an answer the job has failed; its report says how.
+        waiting.channel.receive()
         # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
     with step("loopback"):
@@ -152,21 +155,32 @@ def _watch_children() -> int:
     return readable
 
 
+def _await_job(waiting: _Waiting) -> None:
+    """Return once the job has done all that needs no order. StepError says why it has not."""
+    if waiting.channel.receive()[0] != messages.READY:
+        raise StepError(_failure(_report(waiting)))
+
+
 def _start_job(waiting: _Waiting, descriptors: list[int]) -> None:
     """Hand the order on, and return once execve has succeeded. StepError says why it has not."""
-    with suppress(BrokenPipeError):  # it has failed already, and says so in its report
+    with suppress(BrokenPipeError):  # it was killed as it waited; the report says no more than that
         waiting.channel.send(messages.ORDER, descriptors=tuple(descriptors))
     waiting.channel.close()
     for descriptor in set(descriptors):
         os.close(descriptor)
+    report = _report(waiting)
+    if report != job.CONFINED:
+        raise StepError(_failure(report.removeprefix(job.CONFINED)))
+
+
+def _report(waiting: _Waiting) -> bytes:
+    """Return what the job has reported by the time it closes the pipe: by execve, or by its end."""
     with open(waiting.report, "rb") as file:
-        content = file.read(_REPORT_BYTES)
-    if content == job.CONFINED:
-        return
-    failure = content.removeprefix(job.CONFINED)
-    if not failure:
-        raise StepError(Failure("fork", 0, "the job ended before it was confined"))
-    raise StepError(messages.decode_failure(failure))
+        return file.read(_REPORT_BYTES)
+
+
+def _failure(report: bytes) -> Failure:
+    return messages.decode_failure(report) if report else Failure("fork", 0, "the job ended before it was confined")
 
 
 def _supervise(pid: int, wakeup: int, channel: Channel) -> Outcome:

@@ -36,6 +36,7 @@ def main(channel: Channel, report: int) -> NoReturn:
     """
     try:
         _prepare()
+        channel.send(messages.READY)
         kind, _, descriptors = channel.receive()
         if kind == messages.ORDER:
             content, root, *streams = descriptors

@@ -1,7 +1,8 @@
 """Run as a job: print, as one JSON document, all that can be seen and done from inside a container.
 
 argv[1] is JSON: `calls` are [label, number, [arguments]] of system calls to try, `lost` paths of the host to look for,
-`addresses` those to reach, `masked files` and `masked folders` names in /proc. Nothing here asserts; test_inside does.
+`addresses` those to reach, `masked files` and `masked folders` names in /proc, `passed over` folders not to walk.
+Nothing here asserts; test_inside.py does.
 """
 
 import ctypes
@@ -64,24 +65,26 @@ def every_call(calls):
     return answers
 
 
-def tree():
-    """Every path in sight with its type and device, but what lies in /proc."""
-    found = {}
+def walk(passed_over):
     for folder, folders, files in os.walk("/"):
-        if folder == "/":
-            folders.remove("proc")
+        folders[:] = [name for name in folders if os.path.join(folder, name) not in passed_over]
+        yield folder, folders, files
+
+
+def tree(passed_over):
+    """Every path in sight with its type and device number."""
+    found = {}
+    for folder, folders, files in walk(passed_over):
         for name in (*folders, *files):
             status = os.lstat(os.path.join(folder, name))
-            found[os.path.join(folder, name)] = [stat.S_IFMT(status.st_mode), status.st_dev, status.st_rdev]
+            found[os.path.join(folder, name)] = [stat.S_IFMT(status.st_mode), status.st_rdev]
     return found
 
 
-def writable_folders():
-    """Every folder in which a file can be made, and every file that can be opened for writing, outside /proc."""
+def writable(passed_over):
+    """Every folder in which something can be made, and every plain file that opens for writing."""
     found = []
-    for folder, folders, files in os.walk("/"):
-        if folder == "/":
-            folders.remove("proc")
+    for folder, _, files in walk(passed_over):
         try:
             os.mkdir(os.path.join(folder, "new"))
             os.rmdir(os.path.join(folder, "new"))
@@ -176,15 +179,15 @@ def main():
             if name.startswith("RLIMIT_")
         },
         "oom": text("/proc/self/oom_score_adj").strip(),
-        "oom lowered": answer(lambda: open("/proc/self/oom_score_adj", "w").write("-1000") and "lowered"),
+        "oom lowered": answer(lambda: os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY), b"-1000")),
         "mounts": [line.split(" ") for line in text("/proc/self/mountinfo").splitlines()],
-        "tree": tree(),
+        "tree": tree(asked["passed over"]),
         "masked files": {name: text(f"/proc/{name}") for name in asked["masked files"]},
         "masked folders": {name: answer(lambda name=name: os.listdir(f"/proc/{name}")) for name in asked["masked folders"]},
         "hidden": os.listdir("/.jhansi/workspaces"),
         "terminals": os.listdir("/dev/pts"),
         "lost": {path: text(path) for path in asked["lost"]},
-        "writable": writable_folders(),
+        "writable": writable(asked["passed over"]),
         "writable in proc": writable_in_proc(),
         "interfaces": interfaces(),
         "loopback": [echoed(socket.AF_INET, "127.0.0.1"), echoed(socket.AF_INET6, "::1")],

@@ -1,0 +1,454 @@
+"""Each step of confinement with the attack that it stops; and the attack succeeds once the step is taken out.
+
+A row of the table names a step, how to take it out, and the program that then escapes. Where another layer stops the
+same attack, `also` takes that one out in addition: then the step is seen to hold alone. Steps are taken out here, in
+a process of its own, by replacing functions of the product before it clones the container; nothing in the product
+helps.
+
+What cannot be shown so. The kernel itself refuses to go on without them, and no container is built: the user and mount
+namespaces, `setgroups deny`, private mount propagation, no_new_privs (its absence is a test below). Without the pid
+namespace init's kill of everything would end its user's processes. Second fences: nosuid and the emptied bounding set,
+for with one id mapped there is nobody else to become; the uts and cgroup namespaces, which keep names, and changing
+those takes a capability. nodev takes a root who makes a node: tests/root.
+"""
+
+import ctypes
+import fcntl
+import functools
+import json
+import os
+import pty
+import signal
+import socket
+import struct
+import termios
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import prctl
+import pyseccomp
+import pytest
+from conftest import environment_with, host_lacks
+
+from jhansi_runtime import ExecRequest, Paths, Runtime
+from jhansi_runtime.engine.slot import Slot
+from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import caps, idmap, inside, job, launch, mounts, net, seccomp, signals, syscalls
+
+SECRET = "the host's secret"
+LIMITS = {"timeout": 20, "file_size": 1 << 20, "nofile": 64, "tmp": 1 << 20, "cpu_time": 1}
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+# --- how to take a step out: each is called in a process that exists for one attempt -------------------------
+
+
+def nothing(*_arguments, **_options):
+    """What a step does once it is taken out."""
+
+
+def without(module, name, replacement=nothing):
+    """A function of the product replaced. A name that is not there any more is an error of this table."""
+    getattr(module, name)
+    return functools.partial(setattr, module, name, replacement)
+
+
+class Lacking:
+    """A module as seen by one other module, with a function that does nothing."""
+
+    def __init__(self, module, name):
+        self._module, self._name = module, name
+        getattr(module, name)
+
+    def __getattr__(self, name):
+        return nothing if name == self._name else getattr(self._module, name)
+
+
+def without_in(module, imported, name):
+    return functools.partial(setattr, module, imported, Lacking(getattr(module, imported), name))
+
+
+def without_namespace(flag):
+    return without(launch, "NAMESPACES", launch.NAMESPACES & ~flag)
+
+
+def without_operations(is_taken_out):
+    """The mounts but for some."""
+    genuine = mounts.operations
+
+    def remaining(*arguments):
+        return tuple(operation for operation in genuine(*arguments) if not is_taken_out(operation))
+
+    return without(mounts, "operations", remaining)
+
+
+def is_mask(operation):
+    return getattr(operation, "source", None) in {mounts.EMPTY_FILE, mounts.EMPTY_DIRECTORY}
+
+
+def is_read_only_proc(operation):
+    return operation.target.startswith("proc/") and getattr(operation, "source", None) == operation.target
+
+
+def without_umount_of(place):
+    genuine = mounts.umount_detach
+    return without(mounts, "umount_detach", lambda path: None if path == place else genuine(path))
+
+
+def without_read_only():
+    genuine = mounts.mount_setattr
+
+    def writable(mount, attributes, **options):
+        genuine(mount, attributes & ~syscalls.MOUNT_ATTR_RDONLY, **options)
+
+    return without(mounts, "mount_setattr", writable)
+
+
+def with_much_scratch():
+    genuine = mounts.operations
+    return without(mounts, "operations", lambda sources, tmp_bytes: genuine(sources, tmp_bytes * 64))
+
+
+def keep_capabilities():
+    """Keep them across execve. An execve of somebody who is not root drops all that are not ambient."""
+    header, sets = struct.pack("Ii", 0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert LIBC.capget(header, sets) == 0
+    sets[2], sets[5] = sets[1], sets[4]  # the inheritable ones are to be the permitted ones
+    assert LIBC.capset(header, sets) == 0
+    for capability in range(64):
+        LIBC.prctl(47, 2, ctypes.c_ulong(capability), 0, 0)  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
+
+
+def with_the_hosts_own_stdout():
+    """The job is given the host's file itself, not a pipe."""
+    genuine = Slot.start
+
+    def start(slot, order, streams):
+        private = os.open(os.environ["SECRET_FILE"], os.O_WRONLY | os.O_APPEND)
+        genuine(slot, order, [streams[0], private, streams[2]])
+
+    return without(Slot, "start", start)
+
+
+NOT_DUMPABLE = without(prctl, "set_dumpable")
+INNER_NAMESPACE = without(job, "_leave_init_powers")
+CAPABILITIES = without(caps, "drop_all", keep_capabilities)
+SECCOMP = without(seccomp, "install")
+SESSION_OF_INIT = without_in(inside, "os", "setsid")
+SESSION_OF_JOB = without_in(job, "os", "setsid")
+DESCRIPTORS_OF_INIT = without(inside, "close_range")
+DESCRIPTORS_OF_JOB = without(job, "close_range")
+
+# --- the attacks: each says `escaped` where it got through. FILE names what the host keeps to itself ----------
+
+READ = """
+print("escaped" if open(PATH).read() == SECRET else "")
+"""
+START = f"""
+import ctypes, os, signal, socket, time
+LIBC = ctypes.CDLL(None, use_errno=True)
+SECRET = {SECRET!r}
+E = os.environ
+def done(result):
+    print("escaped" if result != -1 else os.strerror(ctypes.get_errno()))
+"""
+TERMINAL = """
+os.write(os.open("/dev/tty", os.O_RDWR), b"owned")
+print("escaped")
+"""
+DESCRIPTOR = """
+print("escaped" if os.pread(int(E["DESCRIPTOR"]), 100, 0) == SECRET.encode() else "")
+"""
+UNSHARE_USER = "done(LIBC.unshare(0x10000000))"
+
+
+class Row(NamedTuple):
+    """A step, how to take it out, the attack that then succeeds, and other layers in its way."""
+
+    step: str
+    taken_out: tuple[Callable, ...]
+    attack: str
+    also: tuple[Callable, ...] = ()
+
+
+TABLE = [
+    Row(
+        "the launcher's arguments are erased",
+        (without(inside, "erase"),),
+        'print("escaped" if open("/proc/1/cmdline").read().strip("\\0") else "")',
+    ),
+    Row("init leaves the launcher's session", (SESSION_OF_INIT,), TERMINAL, also=(SESSION_OF_JOB,)),
+    Row("the job leaves init's session", (SESSION_OF_JOB,), TERMINAL, also=(SESSION_OF_INIT,)),
+    Row(
+        "init runs no handler of the launcher's",
+        (without(signals, "reset"),),
+        """
+os.kill(1, signal.SIGUSR1)
+for _ in range(50):
+    if socket.gethostname() == "owned":
+        print("escaped")
+        break
+    time.sleep(0.02)
+""",
+    ),
+    Row(
+        "the job ignores no signal that the launcher ignores",
+        (without(signals, "reset"),),
+        'print("escaped" if signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN else "")',
+    ),
+    Row(
+        "init's standard streams are not the launcher's",
+        (without_in(inside, "os", "dup2"),),
+        'PATH = "/proc/1/fd/0"' + READ,
+        also=(NOT_DUMPABLE, INNER_NAMESPACE, CAPABILITIES),
+    ),
+    Row("init closes the launcher's descriptors", (DESCRIPTORS_OF_INIT,), DESCRIPTOR, also=(DESCRIPTORS_OF_JOB,)),
+    Row("the job closes every descriptor", (DESCRIPTORS_OF_JOB,), DESCRIPTOR, also=(DESCRIPTORS_OF_INIT,)),
+    Row(
+        "init is not dumpable",
+        (NOT_DUMPABLE,),
+        'print("escaped" if "PATH=" in open("/proc/1/environ").read() else "")',
+        also=(INNER_NAMESPACE, CAPABILITIES),
+    ),
+    Row(
+        "no user namespace but the job's can be made",
+        (without(idmap, "allow_one_more_namespace"),),
+        UNSHARE_USER,
+        also=(SECCOMP,),
+    ),
+    Row(
+        "the network namespace",
+        (without_namespace(syscalls.CLONE_NEWNET), without(net, "loopback_up")),
+        'socket.create_connection(("127.0.0.1", int(E["PORT"]))); print("escaped")',
+    ),
+    Row(
+        "the ipc namespace",
+        (without_namespace(syscalls.CLONE_NEWIPC),),
+        'done(LIBC.msgget(int(E["QUEUE"]), 0))',
+    ),
+    Row(
+        "the hostname",
+        (without_in(inside, "_socket", "sethostname"),),
+        'print("escaped" if socket.gethostname() == E["HOST"] else "")',
+    ),
+    Row(
+        "the root tree is read-only",
+        (without_read_only(),),
+        'open("/etc/owned", "w").close(); os.unlink("/etc/owned"); print("escaped")',
+    ),
+    Row(
+        "what all sandboxes share as a mask is read-only",
+        (without_read_only(),),
+        'os.mkdir("/.jhansi/empty-directory/note"); os.rmdir("/.jhansi/empty-directory/note"); print("escaped")',
+    ),
+    Row(
+        "what /proc tells of the machine is masked",
+        (without_operations(is_mask),),
+        'print("escaped" if any(open(f"/proc/{name}").read(1) for name in ("kallsyms", "key-users")) else "")',
+    ),
+    Row(
+        "/proc/sys is read-only",
+        (without_operations(is_read_only_proc),),
+        'open("/proc/sys/net/ipv4/ip_forward", "w").write("1"); print("escaped")',
+        also=(INNER_NAMESPACE, CAPABILITIES),
+    ),
+    Row(
+        "the scratch folders have one size together",
+        (with_much_scratch(),),
+        """
+for place in ("/tmp", "/dev/shm", "/home/sandbox"):
+    with open(f"{place}/fill", "wb") as file:
+        file.write(bytes(500_000))
+print("escaped")
+""",
+    ),
+    Row("the old root is detached", (without_umount_of(b"."),), 'PATH = "/.." + E["SECRET_FILE"]' + READ),
+    Row(
+        "the other workspaces are detached",
+        (without_umount_of(b"/" + mounts.HIDDEN_WORKSPACES.encode()),),
+        'PATH = "/.jhansi/workspaces/" + E["NEIGHBOUR"] + "/workspace/note"' + READ,
+    ),
+    Row(
+        "the working directory is the workspace",
+        (without(job, "_enter_workspace"),),
+        'PATH = "../private/secret"' + READ,
+    ),
+    Row(
+        "the job gets pipes, not the host's files",
+        (with_the_hosts_own_stdout(),),
+        """
+import sys
+text = os.read(os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK), 100)
+print("escaped" if text == SECRET.encode() else "", file=sys.stderr)
+""",
+    ),
+    Row(
+        "the size of a file is limited",
+        (without(job, "_limit"),),
+        'open("/workspace/large", "wb").write(bytes(2 << 20)); print("escaped")',
+    ),
+    Row(
+        "the number of open files is limited",
+        (without(job, "_limit"),),
+        'kept = [open("/dev/null") for _ in range(100)]; print("escaped")',
+    ),
+    Row(
+        "CPU time is limited",
+        (without(job, "_limit"),),
+        """
+while time.process_time() < 2.5:
+    pass
+print("escaped")
+""",
+    ),
+    Row(
+        "the job's own user namespace",
+        (INNER_NAMESPACE,),
+        """
+# MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV, without MS_RDONLY
+assert LIBC.mount(b"none", b"/", None, ctypes.c_ulong(0x20 | 0x1000 | 0x2 | 0x4), None) == 0
+open("/etc/owned", "w").close(); os.unlink("/etc/owned"); print("escaped")
+""",
+        also=(CAPABILITIES, SECCOMP),
+    ),
+    Row(
+        "the job has no capability in its own user namespace",
+        (CAPABILITIES,),
+        "done(LIBC.unshare(0x20000))",
+        also=(SECCOMP,),
+    ),
+    Row(
+        "seccomp keeps user namespaces from being made",
+        (SECCOMP,),
+        UNSHARE_USER,
+        also=(without(idmap, "allow_one_more_namespace"),),
+    ),
+    Row(
+        "seccomp keeps the host's keyring out of reach",
+        (SECCOMP,),
+        """
+text, keyctl = ctypes.create_string_buffer(100), int(E["KEYCTL"])
+key = LIBC.syscall(keyctl, 10, -3, b"user", b"jhansi-test", 0)  # KEYCTL_SEARCH of the session's keyring
+size = LIBC.syscall(keyctl, 11, key, text, 100)  # KEYCTL_READ
+print("escaped" if text.raw[:max(0, size)] == SECRET.encode() else "")
+""",
+    ),
+    Row(
+        "seccomp keeps setuid files from being left in the workspace",
+        (SECCOMP,),
+        'os.chmod("/workspace/main.py", 0o4755); print("escaped")',
+    ),
+    Row(
+        "seccomp keeps address randomisation on",
+        (SECCOMP,),
+        "done(LIBC.personality(0x40000))",
+    ),
+]
+
+
+# --- an attempt -----------------------------------------------------------------------------------------------
+
+
+class Host(NamedTuple):
+    """What stands around a sandbox, each thing within reach of a job that is not confined."""
+
+    runtime: Runtime
+    sandbox: str
+    folder: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "private").mkdir()
+    (folder / "here").mkdir()
+    (folder / "private" / "secret").write_text(SECRET)
+    # A home of its own: some of these attacks write to the root tree.
+    with Runtime(Paths.from_environment(environment_with(folder / "home"))) as runtime:
+        box, neighbour = (runtime.create(rootfs="host").id for _ in range(2))
+        runtime.write(neighbour, "note", SECRET.encode())
+        queue = LIBC.msgget(0x6A680000 | os.getpid() & 0xFFFF, 0o1600)  # IPC_CREAT
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            environment = {
+                "SECRET_FILE": str(folder / "private" / "secret"),
+                "NEIGHBOUR": neighbour,
+                "PORT": str(listener.getsockname()[1]),
+                "QUEUE": str(0x6A680000 | os.getpid() & 0xFFFF),
+                "HOST": socket.gethostname(),
+                "KEYCTL": str(number_of("keyctl")),
+            }
+            yield Host(runtime, box, str(folder), environment)
+        LIBC.msgctl(queue, 0, None)  # IPC_RMID
+
+
+def number_of(call):
+    return pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, call)
+
+
+def attempt(host, attack, taken_out):
+    """Run the attack with steps taken out. What the job printed, line by line; or the error that ended it."""
+    host.runtime.write(host.sandbox, "main.py", (START + attack).encode())
+    readable, writable = os.pipe()
+    child, master = pty.fork()  # a session with a controlling terminal
+    if child == 0:
+        _attempt(host, taken_out, writable)
+    os.close(writable)
+    with open(readable) as file:
+        answer = json.loads(file.read())
+    os.waitpid(child, 0)
+    os.close(master)
+    assert "traceback" not in answer, answer["traceback"]
+    return answer
+
+
+def _attempt(host, taken_out, writable):
+    """Be the launcher, in a process of its own. Never returns."""
+    try:
+        _put_things_within_reach(host)
+        for take_out in taken_out:
+            take_out()
+        descriptor = str(os.dup(0))
+        os.set_inheritable(int(descriptor), True)
+        environment = {**host.environment, "DESCRIPTOR": descriptor}
+        request = ExecRequest(sandbox=host.sandbox, filename="main.py", env=environment, limits=LIMITS)
+        try:
+            result = host.runtime.exec(request)
+            answer = {"lines": result.stdout.splitlines() + result.stderr.splitlines()}
+        except HostError as error:
+            answer = {"error": str(error)}
+    except BaseException:  # noqa: BLE001 - the parent shows it
+        answer = {"traceback": traceback.format_exc()}
+    os.write(writable, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def _put_things_within_reach(host):
+    os.environ.update(host.environment)
+    os.chdir(os.path.join(host.folder, "here"))
+    os.dup2(os.open(host.environment["SECRET_FILE"], os.O_RDONLY), 0)
+    signal.signal(signal.SIGUSR1, lambda *_: socket.sethostname("owned"))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    LIBC.syscall(number_of("keyctl"), 1, None)  # KEYCTL_JOIN_SESSION_KEYRING: a new one
+    secret = SECRET.encode()
+    LIBC.syscall(number_of("add_key"), b"user", b"jhansi-test", secret, len(secret), -3)
+
+
+each_row = pytest.mark.parametrize("row", TABLE, ids=[row.step for row in TABLE])
+
+
+@each_row
+def test_the_attack_fails(host, row):
+    assert "escaped" not in attempt(host, row.attack, ())["lines"]
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.also], ids=[row.step for row in TABLE if row.also])
+def test_the_step_alone_stops_the_attack(host, row):
+    assert "escaped" not in attempt(host, row.attack, row.also)["lines"]
+
+
+@each_row
+def test_the_attack_succeeds_without_the_step(host, row):
+    answer = attempt(host, row.attack, (*row.also, *row.taken_out))
+    assert "escaped" in answer.get("lines", []), answer

@@ -1,0 +1,115 @@
+"""Imports are the start time of the command line: what an exec loads is pinned here, and grows only on purpose."""
+
+import subprocess
+import sys
+
+THIRD_PARTY = {"_prctl", "click", "msgspec", "prctl", "typing_extensions"}  # the last by msgspec, where there is one
+OURS = {
+    "jhansi_runtime",
+    "jhansi_runtime.audit",
+    "jhansi_runtime.beneath",
+    "jhansi_runtime.chain",
+    "jhansi_runtime.cli",
+    "jhansi_runtime.cli.parameters",
+    "jhansi_runtime.cli.programs",
+    "jhansi_runtime.cli.records",
+    "jhansi_runtime.engine",
+    "jhansi_runtime.engine.exec",
+    "jhansi_runtime.engine.pump",
+    "jhansi_runtime.engine.slot",
+    "jhansi_runtime.engine.terminal",
+    "jhansi_runtime.engine.wiring",
+    "jhansi_runtime.errors",
+    "jhansi_runtime.execution",
+    "jhansi_runtime.isolation",
+    "jhansi_runtime.isolation.caps",
+    "jhansi_runtime.isolation.channel",
+    "jhansi_runtime.isolation.idmap",
+    "jhansi_runtime.isolation.inside",
+    "jhansi_runtime.isolation.job",
+    "jhansi_runtime.isolation.launch",
+    "jhansi_runtime.isolation.mounts",
+    "jhansi_runtime.isolation.net",
+    "jhansi_runtime.isolation.seccomp",
+    "jhansi_runtime.isolation.signals",
+    "jhansi_runtime.isolation.steps",
+    "jhansi_runtime.isolation.syscalls",
+    "jhansi_runtime.isolation.terminal",
+    "jhansi_runtime.paths",
+    "jhansi_runtime.profiles",
+    "jhansi_runtime.quantities",
+    "jhansi_runtime.rendering",
+    "jhansi_runtime.rootfs",
+    "jhansi_runtime.runs",
+    "jhansi_runtime.runtime",
+    "jhansi_runtime.sandboxes",
+    "jhansi_runtime.settings",
+    "jhansi_runtime.spec",
+    "jhansi_runtime.tree",
+    "jhansi_runtime.workspace",
+}
+# Each is several milliseconds, and is reached for without thinking.
+DEAR = {
+    "argparse",
+    "asyncio",
+    "concurrent",
+    "dataclasses",
+    "email",
+    "http",
+    "logging",
+    "lzma",
+    "multiprocessing",
+    "pathlib",
+    "psutil",
+    "pyroute2",
+    "pyseccomp",
+    "random",
+    "secrets",
+    "selectors",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "tomllib",
+    "urllib",
+    "zstandard",
+}
+
+
+def loaded_by(argv, environment):
+    """The modules that python with these arguments imports, beyond those of an interpreter that does nothing."""
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *argv], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines[1:]}
+
+
+def test_an_exec_loads_this_and_nothing_else(jhansi, runtime_environment, tmp_path):
+    (tmp_path / "hello.py").write_text("print('hello')")
+    assert jhansi("run", "--rootfs", "host", str(tmp_path / "hello.py")).returncode == 0  # compiles the seccomp profile
+    argv = ["-m", "jhansi_runtime", "run", "--rootfs", "host", str(tmp_path / "hello.py")]
+    loaded = loaded_by(argv, runtime_environment) - loaded_by(["-c", "pass"], runtime_environment)
+    packages = {name.partition(".")[0] for name in loaded}
+
+    assert {name for name in loaded if name.startswith("jhansi_runtime")} <= OURS
+    assert packages - set(sys.stdlib_module_names) - {"jhansi_runtime"} <= THIRD_PARTY
+    assert not packages & DEAR
+
+
+def test_a_process_that_only_builds_containers_loads_the_trusted_core_alone(runtime_environment):
+    loaded = loaded_by(["-c", "import jhansi_runtime.isolation.launch"], runtime_environment)
+    packages = {name.partition(".")[0] for name in loaded} - loaded_by(["-c", "pass"], runtime_environment)
+
+    assert packages - set(sys.stdlib_module_names) == {"jhansi_runtime", "prctl", "_prctl"}
+    assert {name for name in loaded if name.startswith("jhansi_runtime.")} <= {
+        "jhansi_runtime.isolation",
+        *(name for name in OURS if name.startswith("jhansi_runtime.isolation.")),
+    }
+    assert not packages & DEAR
+
+
+def test_importing_the_package_loads_none_of_it(runtime_environment):
+    loaded = loaded_by(["-c", "import jhansi_runtime"], runtime_environment)
+    assert {name for name in loaded if name.startswith("jhansi_runtime")} == {"jhansi_runtime"}
