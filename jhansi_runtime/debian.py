@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from jhansi_runtime.errors import RootfsError
 from jhansi_runtime.isolation import syscalls
+from jhansi_runtime.remedies import ASK_DOCTOR
 from jhansi_runtime.spec import Recipe
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class BuildOutput:
             return
         words = " | ".join(line for line in self._said if line) or f"it ended with status {status}"
         if status == _NO_NAMESPACE:
-            raise RootfsError(f"cannot build a rootfs on this host: {words}", remedy="see `jhansi-run doctor`")
+            raise RootfsError(f"cannot build a rootfs on this host: {words}", remedy=ASK_DOCTOR)
         raise RootfsError(
             f"mmdebstrap failed: {words}",
             remedy="check the network and the mirror (JHANSI_DEBIAN_MIRROR), or use --rootfs host",

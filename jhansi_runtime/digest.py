@@ -4,14 +4,14 @@ hashlib loads OpenSSL, 3 ms of every start. For what one exec hashes, a few reco
 is built into the interpreter does; it is ten times slower, so what is large is left to hashlib.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hashlib import sha256
+elif sys.version_info >= (3, 12):
+    from _sha2 import sha256
 else:
-    try:
-        from _sha2 import sha256  # Python 3.12 and newer
-    except ImportError:
-        from _sha256 import sha256
+    from _sha256 import sha256
 
 __all__ = ["sha256"]

@@ -30,17 +30,14 @@ from jhansi_runtime.spec import Check, Limits
 
 __all__ = ["STEPS", "checks"]
 
-# Every step between nothing and a program that runs, by the names that isolation/ gives them: the launcher's, init's,
-# the job's. The job is forked early and its steps run beside init's, but init waits for its report before it goes on:
-# where one of the job's failed, all of init's are done.
+# Every step between nothing and a program that runs, by the names that isolation/ gives them. The job's first steps run
+# beside init's, up to where init waits for them: there they stand.
 STEPS = (
     *("one thread", "channel", "namespaces", "id map"),  # launch.py
-    *("detach from the launcher", "sources", "ids", "process", "user namespace limit"),  # inside.py
-    *("fork", "mounts", "pivot_root", "loopback", "hostname"),
-    *("workspace", "standard streams", "children"),
+    *("detach from the launcher", "sources", "ids", "process", "user namespace limit", "fork", "mounts"),  # inside.py
     *("session", "user namespace", "capabilities", "no_new_privs", "signals"),  # job.py
-    *("working directory", "streams", "limits", "descriptors", "seccomp"),
-    "execve",
+    *("pivot_root", "loopback", "hostname", "workspace", "standard streams", "children"),  # inside.py
+    *("working directory", "streams", "limits", "descriptors", "seccomp", "execve"),  # job.py
 )
 
 _NAMESPACES: Mapping[str, int] = {

@@ -1,7 +1,7 @@
 """One exec from request to result: the program resolved, the start recorded, the container run, the end recorded.
 
-The container is begun first, so that the kernel builds it while the host looks at files and writes the audit record;
-it is given nothing to run before that record is written.
+The container is begun before the audit record is written, so that the kernel builds it meanwhile; it is given nothing
+to run before that record is there.
 """
 
 import errno
@@ -25,9 +25,9 @@ from jhansi_runtime.profiles import Profile
 from jhansi_runtime.rootfs import Rootfs
 from jhansi_runtime.runs import Run
 from jhansi_runtime.spec import Encoding, ExecRequest, ExecResult, Limits, Status
-from jhansi_runtime.workspace import Workspace
+from jhansi_runtime.workspace import Program, Workspace
 
-__all__ = ["Exec", "Place", "perform"]
+__all__ = ["Exec", "Place", "find_program", "perform"]
 
 _WORKSPACE = "/workspace"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -49,7 +49,10 @@ class Place(NamedTuple):
 
 
 class Exec(NamedTuple):
-    """One exec, with everything decided: what, where, in what, within what, for whom, under which id."""
+    """One exec, with everything decided: what, where, in what, within what, for whom, under which id.
+
+    found is the file of the workspace to run, None when the request names a program of the rootfs.
+    """
 
     run: Run
     run_id: str
@@ -59,12 +62,23 @@ class Exec(NamedTuple):
     profile: Profile
     limits: Limits
     request: ExecRequest
+    found: Program | None
 
 
 class _Program(NamedTuple):
     argv: list[str]
     file: str | None
     sha256: str | None
+
+
+def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
+    """Return the file that the request is to run, None when it names a program of the rootfs.
+
+    ProgramMissingError, NotExecutableError; InvalidRequestError when the request names both or neither.
+    """
+    if (request.filename is None) == (not request.command):
+        raise InvalidRequestError("name either a file of the workspace or a command, and not both")
+    return None if request.filename is None else workspace.open_program(request.filename)
 
 
 def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
@@ -81,8 +95,8 @@ def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
         tmp_bytes=this.limits.tmp,
         host_id=this.place.host_id,
     )
+    program = _program(this)
     with _in_use(this.rootfs), Slot(container) as slot:
-        program = _program(this)
         order = Order(
             workspace=this.place.workspace,
             argv=[os.fsencode(word) for word in program.argv],
@@ -131,12 +145,9 @@ def _in_use(rootfs: Rootfs) -> Iterator[None]:
 
 def _program(this: Exec) -> _Program:
     """Return what to execute: the file of the workspace as its language runs it, or a program of the rootfs."""
-    request, recipe = this.request, this.rootfs.recipe
-    if (request.filename is None) == (not request.command):
-        raise InvalidRequestError("name either a file of the workspace or a command, and not both")
-    if request.filename is None:
+    request, recipe, found = this.request, this.rootfs.recipe, this.found
+    if found is None:
         return _Program([*request.command, *request.args], None, None)
-    found = this.place.files.open_program(request.filename)
     path = f"{_WORKSPACE}/{found.path}"
     extension = os.path.splitext(found.path)[1]
     if extension in recipe.extensions or (not extension and not found.executable):
@@ -145,7 +156,7 @@ def _program(this: Exec) -> _Program:
         start = [path]
     else:
         raise NotExecutableError(
-            f"{request.filename!r} is not one of {' '.join(recipe.extensions)}, and is not executable",
+            f"{found.path!r} is not one of {' '.join(recipe.extensions)}, and is not executable",
             remedy="make it executable, with a #! line; or run a program of the rootfs on it with --command",
         )
     return _Program([*start, *request.args], found.path, found.sha256)
@@ -167,6 +178,7 @@ def _who(this: Exec) -> dict[str, Any]:
 
 
 def _record_start(this: Exec, audit: AuditLog, program: _Program) -> str:
+    this.run.awaits_end = True
     record = audit.append(
         "exec.start",
         **_who(this),
@@ -184,7 +196,7 @@ def _record_start(this: Exec, audit: AuditLog, program: _Program) -> str:
 
 def _record_failure(this: Exec, audit: AuditLog, reason: str) -> None:
     audit.append("exec.end", **_who(this), status="failed", message=reason)
-    this.run.end()
+    this.run.awaits_end = False
 
 
 def _record_end(this: Exec, audit: AuditLog, result: ExecResult, ended: Ended) -> None:
@@ -204,7 +216,7 @@ def _record_end(this: Exec, audit: AuditLog, result: ExecResult, ended: Ended) -
         stdout_sha256=ended.stdout.sha256,
         stderr_sha256=ended.stderr.sha256,
     )
-    this.run.end()
+    this.run.awaits_end = False
 
 
 def _result(this: Exec, ended: Ended, streams: Streams, started_at: str) -> ExecResult:
@@ -247,10 +259,9 @@ def _status(this: Exec, ended: Ended) -> tuple[Status, int | None, int | None]:
         return "exited", os.WEXITSTATUS(wait_status), None
     number = os.WTERMSIG(wait_status)
     # RLIMIT_CPU sends SIGXCPU at the limit and SIGKILL a second later. Anyone may send them earlier, so the time is
-    # looked at; but the kernel compares the limit with whole ticks, and getrusage tells what was really used.
+    # looked at: as that limit counts it, which is in whole ticks, and not what getrusage says was really used.
     limit = math.ceil(this.limits.cpu_time)
-    at_least = {int(signal.SIGXCPU): limit - 0.5, int(signal.SIGKILL): limit}.get(number, math.inf)
-    if ended.outcome.cpu_seconds >= at_least:
+    if number in {signal.SIGXCPU, signal.SIGKILL} and ended.outcome.counted_seconds >= limit:
         return "cpu_time_exceeded", None, number
     return "signaled", None, number
 

@@ -34,11 +34,13 @@ def new_run_id() -> str:
 class Run:
     """A run under way. end() takes it off the ledger.
 
-    Left as a context manager without end(), it only gives up the lock: then nobody can say how far the exec came,
-    and the next start settles it as lost.
+    Whoever writes the exec's exec.start sets awaits_end first, and clears it when the exec.end is written. Left as a
+    context manager, a run that awaits its end only gives up the lock: the next start settles it as lost. Any other is
+    ended.
     """
 
     def __init__(self, path: str, descriptor: int) -> None:
+        self.awaits_end = False
         self._path = path
         self._descriptor = descriptor
 
@@ -60,7 +62,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        if self.awaits_end:
+            self.release()
+        else:
+            self.end()
 
 
 class LostRun:

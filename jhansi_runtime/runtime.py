@@ -14,7 +14,7 @@ from msgspec import structs
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.engine import Streams
 from jhansi_runtime.errors import InvalidRequestError, NotFoundError
-from jhansi_runtime.execution import Exec, Place, perform
+from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
 from jhansi_runtime.profiles import ProfileStore
@@ -156,8 +156,6 @@ class Runtime:
         raises is a failure to run it: ProgramMissingError, NotExecutableError, InvalidRequestError, HostError.
         """
         sandbox = self.sandbox(request.sandbox)
-        limits = sandbox.limits.changed(request.limits)
-        rootfs = self._open_rootfs(sandbox.language, request.rootfs or sandbox.rootfs)
         with self._sandboxes.hold(sandbox.id) as workspace:
             place = Place(
                 sandbox_id=sandbox.id,
@@ -168,7 +166,9 @@ class Runtime:
             )
             run_id = new_run_id()
             with self._runs.begin(run_id, {"sandbox_id": sandbox.id}) as run:
-                return self._perform(run, run_id, place, rootfs, limits, request, streams)
+                limits = sandbox.limits.changed(request.limits)
+                request = structs.replace(request, rootfs=request.rootfs or sandbox.rootfs)
+                return self._perform(run, run_id, place, sandbox.language, limits, request, streams)
 
     def run(
         self,
@@ -185,7 +185,6 @@ class Runtime:
         workspace that is gone afterwards.
         """
         limits = Limits().changed(request.limits)
-        rootfs = self._open_rootfs(language, request.rootfs or "recipe")
         run_id = new_run_id()
         if workspace is None:
             filename = os.path.basename(file)
@@ -193,11 +192,11 @@ class Runtime:
                 self._runs.begin(run_id, {"ephemeral": run_id}) as run,
                 self._ephemeral_place(run_id, language, file) as place,
             ):
-                return self._perform(run, run_id, place, rootfs, limits, _named(request, filename), streams)
+                return self._perform(run, run_id, place, language, limits, _named(request, filename), streams)
         _refuse_own_files(workspace, self.paths)
         with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id) as place:
             named = _named(request, _inside(workspace, file))
-            return self._perform(run, run_id, place, rootfs, limits, named, streams)
+            return self._perform(run, run_id, place, language, limits, named, streams)
 
     # --- rootfs ---
 
@@ -234,12 +233,14 @@ class Runtime:
         run: Run,
         run_id: str,
         place: Place,
-        rootfs: Rootfs,
+        language: str,
         limits: Limits,
         request: ExecRequest,
         streams: Streams | None,
     ) -> ExecResult:
-        this = Exec(run, run_id, self._actor, place, rootfs, self._profiles.open(), limits, request)
+        found = find_program(request, place.files)  # before the rootfs, which may take a minute to build
+        rootfs = self._open_rootfs(language, request.rootfs or "recipe")
+        this = Exec(run, run_id, self._actor, place, rootfs, self._profiles.open(), limits, request, found)
         return perform(this, self.audit, streams or Streams())
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:

@@ -187,17 +187,38 @@ def test_started_by_root_every_step_is_done_for_the_unprivileged_id(environment)
     assert_fit(by_name(done.stdout))
 
 
-def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
-    named, failures = [], set()
-    for module in ("launch", "inside", "job"):
-        with open(os.path.join(CHECKOUT, "jhansi_runtime", "isolation", f"{module}.py"), encoding="utf-8") as source:
-            calls = [node for node in ast.walk(ast.parse(source.read())) if isinstance(node, ast.Call)]
-        calls = [call for call in calls if isinstance(call.func, ast.Name) and call.args]
-        calls.sort(key=lambda call: call.lineno)
-        named += [call.args[0].value for call in calls if call.func.id == "step"]
-        failures |= {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}
+# Where init waits for the job, and the steps that the job has done by then.
+WAITS_FOR = {"_await_job": "_prepare", "_start_job": "_confine"}
 
-    assert (*named, EXECVE) == doctor.STEPS
+
+def named_calls(source):
+    """Every call of a plain name in a piece of source, in the order of its lines."""
+    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return sorted(calls, key=lambda call: call.lineno)
+
+
+def steps_of(module, function):
+    found = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    for call in named_calls(found[0]):
+        if call.func.id == "step":
+            yield call.args[0].value
+        elif call.func.id in WAITS_FOR:
+            yield from steps_of(parsed("job"), WAITS_FOR[call.func.id])
+
+
+def parsed(module):
+    with open(os.path.join(CHECKOUT, "jhansi_runtime", "isolation", f"{module}.py"), encoding="utf-8") as source:
+        return ast.parse(source.read())
+
+
+def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
+    launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
+    in_order = [*steps_of(launch, "launch"), *steps_of(inside, "_prepare"), *steps_of(inside, "_run"), EXECVE]
+    calls = [call for module in (launch, inside, job) for call in named_calls(module)]
+    failures = {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}
+
+    assert tuple(in_order) == doctor.STEPS
+    assert len([call for call in calls if call.func.id == "step"]) == len(doctor.STEPS) - 1
     assert failures <= {"EXECVE", *map(repr, doctor.STEPS)}
 
 

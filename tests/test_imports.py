@@ -9,6 +9,7 @@ OURS = {
     "jhansi_runtime.audit",
     "jhansi_runtime.beneath",
     "jhansi_runtime.chain",
+    "jhansi_runtime.digest",
     "jhansi_runtime.cli",
     "jhansi_runtime.cli.parameters",
     "jhansi_runtime.cli.programs",

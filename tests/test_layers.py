@@ -21,19 +21,20 @@ class May(NamedTuple):
     others: str = ""
 
 
-BASE = "errors spec paths quantities remedies isolation.syscalls"
+BASE = "errors spec paths quantities remedies digest isolation.syscalls"
 
 # A folder's entry holds for every module in it; those may always import each other. From the bottom up:
 TABLE = {
     "errors": May(),
     "remedies": May(),
+    "digest": May("", "_sha256 _sha2"),  # of the standard library, each under the name it has in one version
     "paths": May("errors"),
     "quantities": May("errors"),
     "rendering": May("errors"),
     "spec": May("errors", "msgspec"),
     # The trusted core knows nothing of the rest. It loads pyseccomp only to compile a profile, never for an exec.
     "isolation": May("", "prctl pyseccomp"),
-    "engine": May("isolation errors spec remedies", "psutil"),
+    "engine": May("isolation errors spec remedies digest", "psutil"),
     # The stores do not know each other: what stands beside BASE is a store's own half in another file.
     "beneath": May(BASE),
     "workspace": May(f"{BASE} beneath"),
@@ -44,7 +45,7 @@ TABLE = {
     "debian": May(BASE, "prctl pyseccomp"),
     "rootfs": May(f"{BASE} tree archive debian", "msgspec"),
     "profiles": May(f"{BASE} isolation.seccomp"),
-    "chain": May("errors"),
+    "chain": May("errors digest"),
     "audit": May(f"{BASE} chain"),
     "runs": May(BASE),
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),

@@ -96,12 +96,24 @@ def test_a_run_that_ended_leaves_nothing(runs):
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_run_left_by_an_exception_is_lost(runs):
-    with pytest.raises(KeyError), runs.begin("run_1", {"a": 1}):
+def test_a_run_left_by_an_exception_between_its_start_and_its_end_is_lost(runs):
+    with pytest.raises(KeyError), runs.begin("run_1", {"a": 1}) as run:
+        run.awaits_end = True
         raise KeyError
 
     assert settle(runs) == [("run_1", {"a": 1})]
     assert settle(runs) == []
+
+
+def test_a_run_left_before_its_start_or_after_its_end_leaves_nothing(runs):
+    with pytest.raises(KeyError), runs.begin("run_1", {}):
+        raise KeyError
+    with pytest.raises(KeyError), runs.begin("run_2", {}) as run:
+        run.awaits_end = True
+        run.awaits_end = False
+        raise KeyError
+
+    assert names(runs) == []
 
 
 def test_nobody_else_may_read_the_ledger(runs):

@@ -26,7 +26,7 @@ FAILED = b"f"  # init: a step failed, nothing was run
 
 _PACKET = 4096
 _DESCRIPTORS = 8
-_EXIT = struct.Struct("=idQ")
+_EXIT = struct.Struct("=iddQ")
 _FAILED = struct.Struct("=i")
 
 
@@ -66,10 +66,14 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How the job ended: its wait status, CPU seconds of all processes but init, peak resident bytes of the largest."""
+    """How the job ended: its wait status, CPU seconds of all processes but init, peak resident bytes of the largest.
+
+    counted_seconds are the CPU seconds of the job's first process as its limit, RLIMIT_CPU, counts them.
+    """
 
     wait_status: int
     cpu_seconds: float
+    counted_seconds: float
     peak_bytes: int
 
 

@@ -9,6 +9,7 @@ import gc
 import os
 import select
 import signal
+import time
 from contextlib import suppress
 from resource import RUSAGE_CHILDREN, getrusage
 from typing import NamedTuple, NoReturn
@@ -82,10 +83,10 @@ def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
         waiting = _fork_job()
     with step("mounts"):
         root = mounts.build_root(sources, container.tmp_bytes)
+    # Half way through pivot_root the root of this mount namespace is not that of its processes, and the kernel refuses
+    # a user namespace to such (unshare(2), EPERM: chroot): the job must have its own by then.
+    _await_job(waiting)
     with step("pivot_root"):
-        # Half way through, the root of this mount namespace is not that of its processes, and to such the kernel gives
-        # no user namespace (unshare(2), EPERM: chroot). Without an answer the job has failed; its report says how.
-        waiting.channel.receive()
         # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
     with step("loopback"):
@@ -189,10 +190,10 @@ def _supervise(pid: int, wakeup: int, channel: Channel) -> Outcome:
     poll.register(wakeup, select.POLLIN)
     poll.register(channel.fileno(), select.POLLIN)
     while True:
-        status = _reap(pid)
-        if status is not None:
+        ended = _reap(pid)
+        if ended is not None:
             _end_the_rest()
-            return _outcome(status)
+            return _outcome(*ended)
         ready = {descriptor for descriptor, _ in poll.poll()}
         if wakeup in ready:
             os.read(wakeup, 512)
@@ -224,20 +225,34 @@ def _end_the_rest() -> None:
             return
 
 
-def _reap(job_pid: int) -> int | None:
-    """Reap every child that has ended, orphans included; return the job's wait status if it was among them."""
-    job_status = None
+def _reap(job_pid: int) -> tuple[int, float] | None:
+    """Reap every child that has ended, orphans included.
+
+    If the job was among them, return its wait status and the CPU seconds that RLIMIT_CPU has counted for it.
+    """
+    ended = None
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            return job_status
-        if pid == 0:
-            return job_status
-        if pid == job_pid:
-            job_status = status
+            return ended
+        if child is None:
+            return ended
+        # Before it is reaped, and its clock with it.
+        counted = time.clock_gettime(_limited_clock(child.si_pid))
+        _, status = os.waitpid(child.si_pid, 0)
+        if child.si_pid == job_pid:
+            ended = status, counted
 
 
-def _outcome(wait_status: int) -> Outcome:
+def _limited_clock(pid: int) -> int:
+    """Return the clock of a process that RLIMIT_CPU reads (MAKE_PROCESS_CPUCLOCK with CPUCLOCK_PROF, posix-timers.h).
+
+    It counts whole ticks, so it runs ahead of what getrusage says, or behind it, by several per cent.
+    """
+    return ~pid << 3
+
+
+def _outcome(wait_status: int, counted_seconds: float) -> Outcome:
     usage = getrusage(RUSAGE_CHILDREN)
-    return Outcome(wait_status, cpu_seconds=usage.ru_utime + usage.ru_stime, peak_bytes=usage.ru_maxrss * 1024)
+    return Outcome(wait_status, usage.ru_utime + usage.ru_stime, counted_seconds, peak_bytes=usage.ru_maxrss * 1024)

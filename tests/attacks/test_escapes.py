@@ -13,23 +13,25 @@ those takes a capability. nodev takes a root who makes a node: tests/root.
 """
 
 import ctypes
-import fcntl
 import functools
 import json
 import os
+import pathlib
 import pty
 import signal
 import socket
 import struct
-import termios
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import prctl
+import psutil
 import pyseccomp
 import pytest
-from conftest import environment_with, host_lacks
+from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine.slot import Slot
@@ -140,7 +142,7 @@ SESSION_OF_JOB = without_in(job, "os", "setsid")
 DESCRIPTORS_OF_INIT = without(inside, "close_range")
 DESCRIPTORS_OF_JOB = without(job, "close_range")
 
-# --- the attacks: each says `escaped` where it got through. FILE names what the host keeps to itself ----------
+# --- the attacks: each says `escaped` where it got through ----------------------------------------------------
 
 READ = """
 print("escaped" if open(PATH).read() == SECRET else "")
@@ -240,7 +242,13 @@ for _ in range(50):
     Row(
         "what all sandboxes share as a mask is read-only",
         (without_read_only(),),
-        'os.mkdir("/.jhansi/empty-directory/note"); os.rmdir("/.jhansi/empty-directory/note"); print("escaped")',
+        """
+mask = "/.jhansi/empty-directory"
+os.chmod(mask, 0o755)
+os.mkdir(f"{mask}/note"); os.rmdir(f"{mask}/note")
+os.chmod(mask, 0o555)
+print("escaped")
+""",
     ),
     Row(
         "what /proc tells of the machine is masked",
@@ -355,7 +363,7 @@ class Host(NamedTuple):
 
     runtime: Runtime
     sandbox: str
-    folder: str
+    folder: pathlib.Path
     environment: dict[str, str]
 
 
@@ -379,7 +387,7 @@ def host(tmp_path_factory):
                 "HOST": socket.gethostname(),
                 "KEYCTL": str(number_of("keyctl")),
             }
-            yield Host(runtime, box, str(folder), environment)
+            yield Host(runtime, box, folder, environment)
         LIBC.msgctl(queue, 0, None)  # IPC_RMID
 
 
@@ -426,7 +434,7 @@ def _attempt(host, taken_out, writable):
 
 def _put_things_within_reach(host):
     os.environ.update(host.environment)
-    os.chdir(os.path.join(host.folder, "here"))
+    os.chdir(host.folder / "here")
     os.dup2(os.open(host.environment["SECRET_FILE"], os.O_RDONLY), 0)
     signal.signal(signal.SIGUSR1, lambda *_: socket.sethostname("owned"))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -452,3 +460,94 @@ def test_the_step_alone_stops_the_attack(host, row):
 def test_the_attack_succeeds_without_the_step(host, row):
     answer = attempt(host, row.attack, (*row.also, *row.taken_out))
     assert "escaped" in answer.get("lines", []), answer
+
+
+# --- what does not fit the table ------------------------------------------------------------------------------
+
+
+def test_without_no_new_privs_nothing_runs(host):
+    answer = attempt(host, 'print("escaped")', (without(prctl, "set_no_new_privs"),))
+    assert "isolation failed at the step 'seccomp'" in answer["error"]
+
+
+def test_the_limit_of_user_namespaces_is_the_kernels_own_and_not_the_filters(host):
+    assert attempt(host, UNSHARE_USER, (SECCOMP,))["lines"] == ["No space left on device"]
+
+
+@pytest.fixture
+def hostile_mask(host):
+    """The file that masks others in /proc is a link to a file of the host: the root tree is hostile, too."""
+    (mask,) = (host.folder / "home" / "rootfs").glob(f"host-*/{mounts.EMPTY_FILE}")
+    mask.parent.chmod(0o755)
+    mask.rename(mask.with_name("genuine"))
+    mask.symlink_to(host.environment["SECRET_FILE"])
+    yield
+    mask.with_name("genuine").rename(mask)
+
+
+READ_MASKED = 'PATH = "/proc/kallsyms"' + READ
+
+
+@pytest.mark.usefixtures("hostile_mask")
+def test_a_link_in_a_hostile_root_tree_leads_nowhere(host):
+    assert "isolation failed at the step 'mounts'" in attempt(host, READ_MASKED, ())["error"]
+
+
+@pytest.mark.usefixtures("hostile_mask")
+def test_a_link_in_a_hostile_root_tree_leads_to_the_host_once_links_are_followed(host):
+    assert attempt(host, READ_MASKED, (without(mounts, "_NO_LINKS", 0),))["lines"] == ["escaped"]
+
+
+BEATING = """
+while True:
+    with open("/workspace/beats", "ab") as beats:
+        beats.write(b".")
+    time.sleep(0.01)
+"""
+
+
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.005)
+
+
+@contextmanager
+def killed_launcher(host, taken_out):
+    """Start a job that beats, stop its init so that only the kernel can act for it, and kill the launcher.
+
+    Yields init, the job, and what counts the beats. Orphans come to this process, which reaps them.
+    """
+    host.runtime.write(host.sandbox, "main.py", (START + BEATING).encode())
+    beats = host.folder / "home" / "workspaces" / host.sandbox / "workspace" / "beats"
+    beats.unlink(missing_ok=True)
+    prctl.set_child_subreaper(1)
+    child, master = pty.fork()
+    if child == 0:
+        _attempt(host, taken_out, 1)
+    try:
+        wait_until(beats.exists)
+        (init,) = psutil.Process(child).children()
+        (job_process,) = init.children()
+        init.suspend()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        yield init, job_process, lambda: beats.stat().st_size
+    finally:
+        os.close(master)
+        if init.is_running():
+            init.kill()
+        init.wait()
+        prctl.set_child_subreaper(0)
+
+
+def test_a_killed_launcher_takes_its_container_along(host):
+    with killed_launcher(host, ()) as (init, job_process, _):
+        assert psutil.wait_procs([init, job_process], timeout=30)[1] == []
+
+
+def test_a_job_outlives_its_launcher_without_the_signal_of_its_death(host):
+    with killed_launcher(host, (without(prctl, "set_pdeathsig"),)) as (_, _, count_beats):
+        before = count_beats()
+        wait_until(lambda: count_beats() > before)

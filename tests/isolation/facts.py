@@ -183,7 +183,9 @@ def main():
         "mounts": [line.split(" ") for line in text("/proc/self/mountinfo").splitlines()],
         "tree": tree(asked["passed over"]),
         "masked files": {name: text(f"/proc/{name}") for name in asked["masked files"]},
-        "masked folders": {name: answer(lambda name=name: os.listdir(f"/proc/{name}")) for name in asked["masked folders"]},
+        "masked folders": {
+            name: answer(lambda name=name: os.listdir(f"/proc/{name}")) for name in asked["masked folders"]
+        },
         "hidden": os.listdir("/.jhansi/workspaces"),
         "terminals": os.listdir("/dev/pts"),
         "lost": {path: text(path) for path in asked["lost"]},

@@ -291,7 +291,9 @@ def test_every_file_is_of_the_root_tree_or_of_the_containers_own_mounts(facts, r
 def test_every_device_is_one_of_ours_and_no_other(facts):
     devices = {path: rdev for path, (kind, rdev) in facts["tree"].items() if kind in {stat.S_IFCHR, stat.S_IFBLK}}
     ptmx = os.makedev(5, 2)
-    assert devices == {f"/dev/{name}": os.makedev(*number) for name, number in DEVICES.items()} | {"/dev/pts/ptmx": ptmx}
+    assert devices == {f"/dev/{name}": os.makedev(*number) for name, number in DEVICES.items()} | {
+        "/dev/pts/ptmx": ptmx
+    }
     links = {path for path, (kind, _) in facts["tree"].items() if kind == stat.S_IFLNK and path.startswith("/dev/")}
     assert links == {"/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr"}
 
