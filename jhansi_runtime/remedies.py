@@ -74,6 +74,7 @@ _OUTER_COUNT = (
 )
 _ROOT_WITHOUT_IDS = "this root may not give a job an unprivileged id, as in many containers: run it as an ordinary user"
 _BY_ERRNO = {
+    errno.EDEADLK: "run jhansi-run from such a process, or keep a process with one thread for it",
     errno.ENOMEM: "free memory, or run fewer execs at once",
     errno.EAGAIN: "there are too many processes: raise `ulimit -u`, or the limit of the container or service around",
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",

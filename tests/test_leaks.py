@@ -20,6 +20,7 @@ from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 
+NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 AT_ONCE = 50
 IN_A_ROW = 1000
 KILLS = 20
@@ -76,7 +77,7 @@ def start(words, environment, **options):
 
 
 def left_behind(environment):
-    """All that a container could leave, but for the audit log, which grows, and mounts: see the caller."""
+    """All that a container could leave, but for records in the audit log."""
     with open("/proc/self/mountinfo") as file:
         mounts = file.read().splitlines()
     files = []
@@ -84,11 +85,12 @@ def left_behind(environment):
         for folder, folders, names in os.walk(top):
             folders[:] = [name for name in folders if os.path.join(folder, name) != f"{top}/audit"]
             files += [os.path.join(folder, name) for name in (*folders, *names)]
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return {
-        "processes": sorted(process.pid for process in psutil.Process().children(recursive=True)),
+        "processes": sorted(process.pid for process in processes),
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{name}") for name in open_descriptors()),
         "mounts": mounts,
-        "namespaces": sorted(os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")),
+        "namespaces": sorted({os.readlink(f"/proc/{process.pid}/ns/{name}") for process in processes for name in NAMESPACES}),
         "files": sorted(files),
     }
 
@@ -119,13 +121,13 @@ def wait_until_alone():
 
 def ends(runtime):
     """For each run that was started, the status of each end that it has."""
-    statuses = collections.defaultdict(list)
+    statuses = {}
     for record in runtime.audit.records():
         if record["event"] == "exec.start":
-            statuses[record["run_id"]]  # noqa: B018 - makes the entry
+            statuses[record["run_id"]] = []
         elif record["event"] == "exec.end":
             statuses[record["run_id"]].append(record["status"])
-    return dict(statuses)
+    return statuses
 
 
 # --- many -----------------------------------------------------------------------------------------------------

@@ -97,21 +97,29 @@ def test_a_run_that_ended_leaves_nothing(runs):
 
 
 def test_a_run_left_by_an_exception_between_its_start_and_its_end_is_lost(runs):
-    with pytest.raises(KeyError), runs.begin("run_1", {"a": 1}) as run:
-        run.awaits_end = True
-        raise KeyError
+    def fail_midway():
+        with runs.begin("run_1", {"a": 1}) as run:
+            run.awaits_end = True
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_midway()
 
     assert settle(runs) == [("run_1", {"a": 1})]
     assert settle(runs) == []
 
 
 def test_a_run_left_before_its_start_or_after_its_end_leaves_nothing(runs):
-    with pytest.raises(KeyError), runs.begin("run_1", {}):
-        raise KeyError
-    with pytest.raises(KeyError), runs.begin("run_2", {}) as run:
-        run.awaits_end = True
-        run.awaits_end = False
-        raise KeyError
+    def fail(run_id, *, recorded):
+        with runs.begin(run_id, {}) as run:
+            if recorded:
+                run.awaits_end = True
+                run.awaits_end = False
+            raise KeyError
+
+    for run_id, recorded in (("run_1", False), ("run_2", True)):
+        with pytest.raises(KeyError):
+            fail(run_id, recorded=recorded)
 
     assert names(runs) == []
 
