@@ -126,7 +126,7 @@ def unlock(handle: int) -> None:
 
 def chunks(fd: int, size: int) -> Iterator[bytes]:
     """Yield the content of an open file, up to the size it had: one that grows while it is read comes to an end."""
-    while size > 0 and (chunk := os.read(fd, min(size, CHUNK))):
+    while chunk := os.read(fd, min(size, CHUNK)):
         size -= len(chunk)
         yield chunk
 

@@ -6,6 +6,7 @@ again.
 """
 
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from jhansi_runtime.digest import sha256
@@ -81,8 +82,10 @@ def _read(path: str) -> tuple[bytes, ...] | None:
 def _write(path: str, programs: tuple[bytes, ...]) -> None:
     body = b"".join(len(program).to_bytes(_LENGTH_BYTES, "little") + program for program in programs)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    # Two at once write the same bytes, each under its own name until they are whole.
-    unfinished = f"{path}.{os.getpid()}"
+    # One name for all who write, so that what a killed one left is written over. Two at once write the same bytes: at
+    # worst a reader finds half of them, which do not match their digest, and compiles for itself.
+    unfinished = f"{path}.unfinished"
     with open(unfinished, "wb") as file:
         file.write(sha256(body).digest() + body)
-    os.replace(unfinished, path)
+    with suppress(FileNotFoundError):  # the other has renamed it
+        os.replace(unfinished, path)

@@ -5,7 +5,7 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ from msgspec import structs
 
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.engine import Streams
-from jhansi_runtime.errors import InvalidRequestError, NotFoundError
+from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
@@ -100,6 +100,10 @@ class Runtime:
         wanted = (labels or {}).items()
         return [sandbox for sandbox in self._sandboxes.list() if wanted <= sandbox.labels.items()]
 
+    def damaged(self) -> list[JhansiError]:
+        """What is wrong with each sandbox whose metadata cannot be read; sandboxes() leaves these out."""
+        return list(self._sandboxes.damaged())
+
     def sandbox(self, reference: str) -> Sandbox:
         """The sandbox with this id, unique prefix of an id, or name. NotFoundError when there is none."""
         return self._sandboxes.find(reference)
@@ -111,8 +115,16 @@ class Runtime:
         return sandbox
 
     def collect_garbage(self) -> list[Sandbox]:
-        """Remove the sandboxes whose time to live is over, except those in use; return them."""
-        return [self.remove(sandbox.id) for sandbox in self._sandboxes.expired()]
+        """Remove the sandboxes whose time to live is over, except those in use, and what killed processes left.
+
+        Return the sandboxes removed.
+        """
+        removed = []
+        for sandbox in self._sandboxes.expired():
+            with suppress(ConflictError):  # in use: the next collection will have it
+                removed.append(self.remove(sandbox.id))
+        self._sandboxes.sweep()
+        return removed
 
     # --- files ---
 

@@ -205,3 +205,16 @@ def test_bash_completes_with_the_script_that_completion_prints(jhansi, environme
         ["bash", "-c", script], env=environment | {"PATH": path}, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "doctor"
+
+
+def test_ls_tells_of_a_sandbox_it_cannot_read_and_lists_the_others(jhansi, environment):
+    whole, broken = (jhansi("create").stdout.strip() for _ in range(2))
+    record = os.path.join(environment["JHANSI_HOME"], "workspaces", broken, "sandbox.json")
+    with open(record, "w") as file:
+        file.write("{")
+
+    listed = jhansi("ls")
+
+    assert whole in listed.stdout
+    assert broken not in listed.stdout
+    assert broken in listed.stderr

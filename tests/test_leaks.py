@@ -90,7 +90,9 @@ def left_behind(environment):
         "processes": sorted(process.pid for process in processes),
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{name}") for name in open_descriptors()),
         "mounts": mounts,
-        "namespaces": sorted({os.readlink(f"/proc/{process.pid}/ns/{name}") for process in processes for name in NAMESPACES}),
+        "namespaces": sorted(
+            {os.readlink(f"/proc/{process.pid}/ns/{name}") for process in processes for name in NAMESPACES}
+        ),
         "files": sorted(files),
     }
 
@@ -232,6 +234,27 @@ def test_killing_the_runtime_at_any_moment_leaves_nothing_and_each_lost_run_is_n
     assert killed  # some were killed after they had begun
     assert set(map(tuple, killed)) == {("lost",)}
     assert runtime.audit.verify().ok
+
+
+# Compiles the seccomp filter of a new home, and is killed just before that has its name.
+KILLED_WHILE_COMPILING = """
+import os, signal
+from jhansi_runtime import ExecRequest, Runtime, profiles
+
+profiles.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with Runtime() as runtime:
+    runtime.exec(ExecRequest(sandbox=runtime.create(rootfs="host").id, command=["true"]))
+"""
+
+
+def test_a_runtime_that_is_killed_while_it_compiles_a_filter_leaves_no_half_of_it(runtime, environment):
+    argv = [sys.executable, "-c", KILLED_WHILE_COMPILING]
+    assert subprocess.run(argv, env=environment, check=False).returncode == -signal.SIGKILL
+    assert len(os.listdir(runtime.paths.cache)) == 1
+    (box,) = runtime.sandboxes()
+    assert runtime.exec(ExecRequest(sandbox=box.id, command=["true"])).exit_code == 0
+    (compiled,) = os.listdir(runtime.paths.cache)
+    assert compiled.endswith(".bpf")
 
 
 @pytest.fixture

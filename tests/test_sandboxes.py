@@ -151,24 +151,23 @@ def test_a_name_is_taken_once_only(store):
 
 
 def test_of_eight_processes_that_want_one_name_one_gets_it(store):
-    barrier, answers = FORK.Barrier(8), FORK.Queue()
+    barrier = FORK.Barrier(8)
 
     def compete():
         barrier.wait()
         try:
-            answers.put(create(store, name="wanted").id)
+            create(store, name="wanted")
         except ConflictError:
-            answers.put(None)
+            sys.exit(3)
 
     processes = [FORK.Process(target=compete) for _ in range(8)]
     for process in processes:
         process.start()
-    given = [answers.get() for _ in processes]
     for process in processes:
         process.join()
 
-    assert len(list(filter(None, given))) == 1
-    assert [sandbox.id for sandbox in store.list()] == list(filter(None, given))
+    assert sorted(process.exitcode for process in processes) == [0] + [3] * 7
+    assert [sandbox.name for sandbox in store.list()] == ["wanted"]
 
 
 # --- changing and expiring ---

@@ -230,7 +230,8 @@ def test_what_is_written_is_read_and_belongs_to_a_new_file(workspace, folder):
     assert (info.size, info.mode, info.type) == (11, 0o750, "file")
     assert read(workspace, "file") == b"new content"
     assert (folder / "same").read_bytes() == b"old"
-    assert tree(folder).keys() == {"file", "same"}
+    assert workspace.write("empty", [], mode=0o6755).mode == 0o755
+    assert tree(folder).keys() == {"file", "same", "empty"}
 
 
 def test_the_umask_does_not_change_what_is_written(workspace, folder):
@@ -302,6 +303,32 @@ def test_a_file_or_a_folder_is_removed_and_a_link_is_not_followed(workspace, fol
         workspace.remove("file")
     with pytest.raises(InvalidRequestError):
         workspace.remove(".")
+
+
+_ON_AN_OVERLAY = """
+import os, subprocess, sys
+from jhansi_runtime.workspace import open_workspace
+top = sys.argv[1]
+os.makedirs(top + "/lower/a/b/c/d")
+for path in ("lower/a/b/file", "lower/a/b/c/d/file"):
+    open(f"{top}/{path}", "w").close()
+for name in ("upper", "work", "workspace"):
+    os.mkdir(f"{top}/{name}")
+options = f"userxattr,lowerdir={top}/lower,upperdir={top}/upper,workdir={top}/work"
+subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", top + "/workspace"], check=True)
+with open_workspace(top + "/workspace") as workspace:
+    workspace.write("a/b/e/new", [b"x"])
+    workspace.remove("a")
+    print(list(workspace.files()))
+"""
+
+
+def test_a_folder_that_came_with_a_container_image_is_removed(folder):
+    command = ["unshare", "-Urm", sys.executable, "-c", _ON_AN_OVERLAY, str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (answer.stdout, answer.stderr) == ("[]\n", "")
+    subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)  # overlayfs shuts the folder it works in
 
 
 # --- putting ---

@@ -18,18 +18,18 @@ def doctor_command(as_json: bool) -> int:
 
     For what it cannot, the line that mends it is named, and the exit status is 1.
     """
-    from jhansi_runtime import doctor  # noqa: PLC0415 - it loads every part of the isolation
+    from jhansi_runtime.doctor import checks  # noqa: PLC0415 - it loads every part of the isolation
 
-    checks = doctor.checks()
+    found = checks()
     if as_json:
-        print_json(checks)
+        print_json(found)
     else:
         rows = (
             (check.name, "ok" if check.ok else "PROBLEM", check.detail, "" if check.ok else check.remedy or "")
-            for check in checks
+            for check in found
         )
         print(table(("CHECK", "STATE", "DETAIL", "REMEDY"), rows))
-    return 0 if all(check.ok for check in checks) else UNFIT
+    return 0 if all(check.ok for check in found) else UNFIT
 
 
 @click.command("completion")

@@ -65,6 +65,9 @@ def ls_command(labels: tuple[tuple[str, str], ...], as_json: bool) -> None:
     """List sandboxes."""
     with open_runtime() as runtime:
         sandboxes = runtime.sandboxes(dict(labels))
+        damaged = runtime.damaged()
+    for damage in damaged:
+        print(f"jhansi-run: {printable(str(damage))}", file=sys.stderr)
     if as_json:
         print_json(sandboxes)
     else:

@@ -27,6 +27,7 @@ _ENDED_WITHIN_SECONDS = 1.0
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 _LONGEST_WAIT_SECONDS = 3600.0
+_FLUSH_AHEAD_SECONDS = 0.03
 
 
 Reason = Literal["timed_out", "output_limit", "cancelled"]
@@ -123,10 +124,11 @@ class _Run:
 
     def until_ended(self) -> None:
         """Move bytes, watch the clock and pass signals on, until the slot has ended and its output is delivered."""
+        # While the job starts there is nothing else to do; left until it is due, a flush would hold up the next record.
+        self._flush(due_within=_FLUSH_AHEAD_SECONDS)
         while self._alive or any(output.interest() for output in self._wiring.outputs):
             ready = self._poll()
-            if self._log is not None and self._log.flush_in() == 0.0:
-                self._log.flush()
+            self._flush(due_within=0.0)
             if self._alive and self._slot.channel in ready:
                 self._hear()
             if self._control in ready:
@@ -134,6 +136,12 @@ class _Run:
             self._move(ready)
             if self._alive and time.monotonic() >= self._deadline:
                 self._expire()
+
+    def _flush(self, *, due_within: float) -> None:
+        if self._log is not None:
+            flush_in = self._log.flush_in()
+            if flush_in is not None and flush_in <= due_within:
+                self._log.flush()
 
     def _poll(self) -> set[int]:
         poll = select.poll()
@@ -176,25 +184,21 @@ class _Run:
         message = self._slot.receive()
         if isinstance(message, int):
             self._wiring.connect_terminal(message)
-        elif message is None:
-            self._gone()
-        else:
-            self.wall_seconds = time.monotonic() - self._began
-            if isinstance(message, Outcome):
-                self.outcome = message
-                if self._cancelling and os.WIFSIGNALED(message.wait_status):
-                    self.reason = self.reason or "cancelled"
-            elif message.step == EXECVE:
-                self.failure = message
-            else:
-                raise step_failed(message)
-
-    def _gone(self) -> None:
+            return
+        # What init says last, it says when nothing else is left in the container: its own end need not be waited for.
         self._alive = False
-        if self.outcome is None and self.failure is None:
+        self.wall_seconds = time.monotonic() - self._began
+        if isinstance(message, Outcome):
+            self.outcome = message
+            if self._cancelling and os.WIFSIGNALED(message.wait_status):
+                self.reason = self.reason or "cancelled"
+        elif message is None:
             if self.reason is None:
                 raise HostError("init ended without saying how the job did")
-            self.wall_seconds = time.monotonic() - self._began
+        elif message.step == EXECVE:
+            self.failure = message
+        else:
+            raise step_failed(message)
 
     def _obey(self) -> None:
         assert self._control is not None  # noqa: S101 - it was polled
