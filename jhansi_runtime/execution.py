@@ -125,8 +125,8 @@ def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
         finally:
             if ended is None:
                 _record_failure(this, audit, str(sys.exception()))
-    result = _result(this, ended, streams, started_at)
-    _record_end(this, audit, result, ended)
+        result = _result(this, ended, streams, started_at)
+        _record_end(this, audit, result, ended)
     if ended.failure is not None:
         raise _not_run(ended.failure, program)
     return result

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
-from jhansi_runtime.engine.slot import Reaped, Slot, step_failed
+from jhansi_runtime.engine.slot import READY, Reaped, Slot, step_failed
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation.channel import Failure, Order, Outcome
@@ -22,6 +22,7 @@ from jhansi_runtime.isolation.job import EXECVE
 
 __all__ = ["Ended", "execute"]
 
+_READY_WITHIN_SECONDS = 30.0
 _GRACE_SECONDS = 2.0
 _ENDED_WITHIN_SECONDS = 1.0
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
@@ -117,8 +118,10 @@ class _Run:
         self._log = log
         self._control = control
         self._output_bytes = output_bytes
+        self._timeout = timeout
+        self._ready = False
         self._began = time.monotonic()
-        self._deadline = self._began + timeout
+        self._deadline = self._began + _READY_WITHIN_SECONDS
         self._cancelling = False
         self._alive = True
 
@@ -182,6 +185,11 @@ class _Run:
 
     def _hear(self) -> None:
         message = self._slot.receive()
+        if message is READY:
+            self._ready = True
+            self._began = time.monotonic()
+            self._deadline = self._began + self._timeout if not self._cancelling else self._deadline
+            return
         if isinstance(message, int):
             self._wiring.connect_terminal(message)
             return
@@ -223,6 +231,8 @@ class _Run:
             self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
 
     def _expire(self) -> None:
+        if not self._ready and not self._cancelling:
+            raise HostError(f"the container was not ready within {_READY_WITHIN_SECONDS:g} seconds")
         if self.reason is None:
             self._end("cancelled" if self._cancelling else "timed_out")
         else:

@@ -1,12 +1,12 @@
 """A slot: one container, ready ahead of its one exec, and the state it is in.
 
-prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` waits until it is ready and gives it the order;
-`receive` tells what init says; `kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
+prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` gives it the order; `receive` tells what init says; `kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
 """
 
 import os
-import select
 import signal
+from contextlib import suppress
+from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -16,9 +16,16 @@ from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome
 from jhansi_runtime.isolation.launch import launch
 from jhansi_runtime.isolation.steps import StepError
 
-__all__ = ["Reaped", "Slot", "step_failed"]
+__all__ = ["READY", "Ready", "Reaped", "Slot", "step_failed"]
 
-_READY_WITHIN_MS = 30_000
+
+class Ready(Enum):
+    """That a container is built, and waits for its order or has begun with it."""
+
+    READY = "ready"
+
+
+READY = Ready.READY
 
 
 class Reaped(NamedTuple):
@@ -53,28 +60,22 @@ class Slot:
         return self._init.channel.fileno()
 
     def start(self, order: Order, streams: list[int]) -> None:
-        """Wait until the container is ready and give it its order. HostError names the step that failed."""
+        """Give the container its order. It need not be ready: init reads the order when it is."""
         if self._ordered:
             raise HostError("a slot runs one order, and this one has had its own")
         self._ordered = True
-        poll = select.poll()
-        poll.register(self.channel, select.POLLIN)
-        if not poll.poll(_READY_WITHIN_MS):
-            raise HostError(f"the container was not ready within {_READY_WITHIN_MS // 1000} seconds")
-        kind, body, _ = self._init.channel.receive()
-        if kind == messages.FAILED:
-            raise step_failed(messages.decode_failure(body))
-        if kind != messages.READY:
-            raise HostError("init ended while it built the container")
         content = messages.write_order(order)
         try:
-            self._init.channel.send(messages.ORDER, descriptors=(content, *streams))
+            with suppress(BrokenPipeError):  # init has failed, and receive() tells how
+                self._init.channel.send(messages.ORDER, descriptors=(content, *streams))
         finally:
             os.close(content)
 
-    def receive(self) -> Outcome | Failure | int | None:
-        """Return what init says: the job's outcome, a failure, the master of the job's terminal; None at the end."""
+    def receive(self) -> Outcome | Failure | Ready | int | None:
+        """Return what init says: READY, the master of the job's terminal, a failure or the outcome; None at the end."""
         kind, body, descriptors = self._init.channel.receive()
+        if kind == messages.READY:
+            return READY
         if kind == messages.EXIT:
             return messages.decode_outcome(body)
         if kind == messages.FAILED:

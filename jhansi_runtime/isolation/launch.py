@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 from jhansi_runtime.isolation import channel as messages
@@ -42,7 +43,7 @@ def launch(container: Container) -> Init:
     """
     with step("one thread"):
         _require_one_thread()
-    command_line = command_line_span()
+    command_line = _command_line()
     with step("channel"):
         ours, theirs = messages.pair()
     pid = pidfd = -1
@@ -63,6 +64,11 @@ def launch(container: Container) -> Init:
             ours.close()
             _end(pid, pidfd)
     return Init(pid, pidfd, ours)
+
+
+@cache
+def _command_line() -> tuple[int, int]:
+    return command_line_span()
 
 
 def _require_one_thread() -> None:

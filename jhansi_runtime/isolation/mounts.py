@@ -23,7 +23,6 @@ from jhansi_runtime.isolation.syscalls import (
     fsconfig_string,
     fsmount,
     fsopen,
-    mount_private,
     mount_setattr,
     move_mount,
     open_tree,
@@ -106,8 +105,7 @@ class Bind(NamedTuple):
     def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
         """Return the mount, not yet attached."""
         mount = open_tree(self.source, recursive=True)
-        if self.attributes:
-            mount_setattr(mount, self.attributes, recursive=True)
+        mount_setattr(mount, self.attributes, recursive=True)
         return mount
 
 
@@ -212,7 +210,6 @@ def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
 
 def build_root(sources: Sources, tmp_bytes: int) -> int:
     """Mount the new root and all that is in it; return a descriptor of it. The old root is still in place."""
-    mount_private()
     root = open_tree(sources.tree, recursive=False)
     mount_setattr(root, _RDONLY | _NOSUID | _NODEV)
     # Things can be attached only below a mount that is itself attached: this one covers the tree it was cloned from.

@@ -172,8 +172,11 @@ def move_mount(mount: int, target: int) -> None:
 
 
 def mount_setattr(mount: int, attributes: int, *, recursive: bool = False) -> None:
-    """Set MOUNT_ATTR_* on a mount, and on all below it when recursive. Clears none."""
-    record = struct.pack("QQQQ", attributes, 0, 0, 0)
+    """Set MOUNT_ATTR_* on a mount, and on all below it when recursive; clear none.
+
+    Make them private, too (MS_PRIVATE): what the host mounts later must not appear there.
+    """
+    record = struct.pack("QQQQ", attributes, 0, _MS_PRIVATE, 0)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _syscall(_NR_MOUNT_SETATTR, mount, b"", flags, record, len(record))
 

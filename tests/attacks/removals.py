@@ -39,6 +39,7 @@ class Lacking:
 
 
 def without_in(module, imported, name):
+    """A function of what a module imports, taken out for that module alone."""
     return functools.partial(setattr, module, imported, Lacking(getattr(module, imported), name))
 
 

@@ -6,21 +6,20 @@ a process of its own, by replacing functions of the product before it clones the
 helps.
 
 What cannot be shown so. The kernel itself refuses to go on without them, and no container is built: the user and mount
-namespaces, `setgroups deny`, private mount propagation, no_new_privs (its absence is a test below). Without the pid
-namespace init's kill of everything would end its user's processes. Second fences: nosuid and the emptied bounding set,
-for with one id mapped there is nobody else to become; the uts and cgroup namespaces, which keep names, and changing
-those takes a capability. nodev takes a root who makes a node: tests/root.
+namespaces, `setgroups deny`, no_new_privs (its absence is a test below). Without the pid namespace init's kill of
+everything would end its user's processes. Second fences: nosuid and the emptied bounding set, for with one id mapped
+there is nobody else to become; the uts and cgroup namespaces, which keep names, and changing those takes a capability.
+Elsewhere: nodev and root's groups take a root (tests/root), private mount propagation a host that shares its mounts
+(tests/isolation).
 """
 
 import ctypes
-import functools
 import json
 import os
 import pathlib
 import pty
 import signal
 import socket
-import struct
 import time
 import traceback
 from collections.abc import Callable
@@ -32,11 +31,30 @@ import psutil
 import pyseccomp
 import pytest
 from conftest import environment_with
+from removals import (
+    CAPABILITIES,
+    DESCRIPTORS_OF_INIT,
+    DESCRIPTORS_OF_JOB,
+    INNER_NAMESPACE,
+    NOT_DUMPABLE,
+    SECCOMP,
+    SESSION_OF_INIT,
+    SESSION_OF_JOB,
+    is_mask,
+    is_read_only_proc,
+    with_much_scratch,
+    with_the_hosts_own_stdout,
+    without,
+    without_in,
+    without_namespace,
+    without_operations,
+    without_read_only,
+    without_umount_of,
+)
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
-from jhansi_runtime.engine.slot import Slot
 from jhansi_runtime.errors import HostError
-from jhansi_runtime.isolation import caps, idmap, inside, job, launch, mounts, net, seccomp, signals, syscalls
+from jhansi_runtime.isolation import idmap, inside, job, mounts, net, signals, syscalls
 
 SECRET = "the host's secret"
 LIMITS = {"timeout": 20, "file_size": 1 << 20, "nofile": 64, "tmp": 1 << 20, "cpu_time": 1}
@@ -287,6 +305,7 @@ def host(tmp_path_factory):
     with Runtime(Paths.from_environment(environment_with(folder / "home"))) as runtime:
         box, neighbour = (runtime.create(rootfs="host").id for _ in range(2))
         runtime.write(neighbour, "note", SECRET.encode())
+        runtime.exec(ExecRequest(sandbox=box, command=["true"]))  # the first one makes the root tree
         queue = LIBC.msgget(0x6A680000 | os.getpid() & 0xFFFF, 0o1600)  # IPC_CREAT
         with socket.create_server(("127.0.0.1", 0)) as listener:
             environment = {
@@ -436,13 +455,13 @@ def killed_launcher(host, taken_out):
     child, master = pty.fork()
     if child == 0:
         _attempt(host, taken_out, 1)
+    wait_until(beats.exists)
+    (init,) = psutil.Process(child).children()
+    (job_process,) = init.children()
+    init.suspend()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     try:
-        wait_until(beats.exists)
-        (init,) = psutil.Process(child).children()
-        (job_process,) = init.children()
-        init.suspend()
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         yield init, job_process, lambda: beats.stat().st_size
     finally:
         os.close(master)
