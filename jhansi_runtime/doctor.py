@@ -34,8 +34,8 @@ __all__ = ["STEPS", "checks"]
 # beside init's, up to where init waits for them: there they stand.
 STEPS = (
     *("one thread", "channel", "namespaces", "id map"),  # launch.py
-    *("detach from the launcher", "sources", "ids", "process", "user namespace limit", "fork", "mounts"),  # inside.py
-    *("session", "user namespace", "capabilities", "no_new_privs", "signals"),  # job.py
+    *("fork", "detach from the launcher", "sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
+    *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
     *("pivot_root", "loopback", "hostname", "workspace", "standard streams", "children"),  # inside.py
     *("working directory", "streams", "limits", "descriptors", "seccomp", "execve"),  # job.py
 )

@@ -25,6 +25,7 @@ OURS = {
     "jhansi_runtime.isolation",
     "jhansi_runtime.isolation.caps",
     "jhansi_runtime.isolation.channel",
+    "jhansi_runtime.isolation.detach",
     "jhansi_runtime.isolation.idmap",
     "jhansi_runtime.isolation.inside",
     "jhansi_runtime.isolation.job",

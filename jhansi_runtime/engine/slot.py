@@ -1,6 +1,7 @@
 """A slot: one container, ready ahead of its one exec, and the state it is in.
 
-prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` gives it the order; `receive` tells what init says; `kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
+prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` gives it the order; `receive` tells what init says;
+`kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
 """
 
 import os

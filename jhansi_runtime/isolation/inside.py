@@ -5,7 +5,6 @@ message that names it. init must never return into the code it was cloned from.
 """
 
 import _socket
-import gc
 import os
 import select
 import signal
@@ -17,10 +16,11 @@ from typing import NamedTuple, NoReturn
 import prctl
 
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import idmap, job, mounts, net, signals, terminal
+from jhansi_runtime.isolation import idmap, job, mounts, net, terminal
 from jhansi_runtime.isolation.channel import Channel, Container, Failure, Order, Outcome
+from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
-from jhansi_runtime.isolation.syscalls import clone3, close_range, erase
+from jhansi_runtime.isolation.syscalls import clone3, erase
 
 __all__ = ["main"]
 
@@ -64,10 +64,15 @@ def _live(container: Container, channel: Channel) -> None:
 
 def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
     """Build the container around this process; return a descriptor of its root, and the job that waits in it."""
+    # First of all: a page that is written both before and after a fork is copied twice.
+    with step("fork"):
+        waiting = _fork_job(container.host_id)
     with step("detach from the launcher"):
-        _detach(channel)
+        detach((channel.fileno(), waiting.channel.fileno(), waiting.report))
     if channel.receive()[0] != messages.MAPPED:
         raise BrokenPipeError
+    with suppress(BrokenPipeError):  # it has failed already; _await_job tells how
+        waiting.channel.send(messages.MAPPED)
     with step("sources"):
         # Before the ids change: started by root, only root's own id may reach what lies in root's folders.
         sources = mounts.open_sources(container.tree, container.workspaces, container.binds)
@@ -79,8 +84,6 @@ def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
         prctl.set_dumpable(0)
     with step("user namespace limit"):
         idmap.allow_one_more_namespace()
-    with step("fork"):
-        waiting = _fork_job()
     with step("mounts"):
         root = mounts.build_root(sources, container.tmp_bytes)
     # Half way through pivot_root the root of this mount namespace is not that of its processes, and the kernel refuses
@@ -96,26 +99,12 @@ def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
     return root, waiting
 
 
-def _detach(channel: Channel) -> None:
-    gc.disable()  # a collection would run the launcher's finalizers in the wrong process
-    prctl.set_pdeathsig(signal.SIGKILL)
-    os.setsid()
-    os.umask(0)
-    signals.reset()
-    null = os.open("/dev/null", os.O_RDWR)
-    for stream in range(3):
-        os.dup2(null, stream)
-    close_range(3, channel.fileno() - 1)
-    close_range(channel.fileno() + 1)
-
-
-def _fork_job() -> _Waiting:
+def _fork_job(host_id: int | None) -> _Waiting:
     ours, theirs = messages.pair()
     report, reported = os.pipe2(os.O_CLOEXEC)
     pid, pidfd = clone3(0)  # not os.fork: that would run the launcher's at-fork handlers, and touch 150 more pages
     if pid == 0:
-        ours.close()
-        job.main(theirs, reported)
+        job.main(theirs, reported, host_id)
     os.close(pidfd)
     os.close(reported)
     theirs.close()

@@ -13,9 +13,10 @@ from typing import NoReturn
 
 import prctl
 
-from jhansi_runtime.isolation import caps, idmap, seccomp, signals, terminal
+from jhansi_runtime.isolation import caps, idmap, seccomp, terminal
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Channel, Failure, Order, encode_failure
+from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
 
@@ -28,14 +29,14 @@ _STACK_BYTES = 8 << 20
 _LOCKED_BYTES = 64 << 10
 
 
-def main(channel: Channel, report: int) -> NoReturn:
+def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
     """Give everything up, wait for the order, and become its program.
 
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
     program that ran; a failure of a step, or of execve, is written as itself.
     """
     try:
-        _prepare()
+        _prepare(channel, report, host_id)
         channel.send(messages.READY)
         kind, _, descriptors = channel.receive()
         if kind == messages.ORDER:
@@ -50,17 +51,19 @@ def main(channel: Channel, report: int) -> NoReturn:
         os._exit(1)
 
 
-def _prepare() -> None:
-    with step("session"):
-        os.setsid()
+def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
+    with step("detach from init"):
+        detach((channel.fileno(), report))
+    if channel.receive()[0] != messages.MAPPED:
+        raise StepError(Failure("fork", 0, "init ended before the job was confined"))
+    with step("job's ids"):
+        idmap.become_sandbox(host_id)
     with step("user namespace"):
         _leave_init_powers()
     with step("capabilities"):
         caps.drop_all()
     with step("no_new_privs"):
         prctl.set_no_new_privs(1)
-    with step("signals"):
-        signals.reset()
 
 
 def _confine(order: Order, root: int, streams: list[int], report: int) -> None:
