@@ -7,8 +7,11 @@ from types import TracebackType
 from typing import NoReturn
 
 from jhansi_runtime.errors import JhansiError
+from jhansi_runtime.isolation.spawn import spawn
 
 INTERRUPTED = 130  # 128 + SIGINT
+# These get one started first of all: it comes up beside us, while we load what we need.
+NEED_A_LAUNCHER = frozenset({"exec", "run", "shell"})
 
 
 def main() -> NoReturn:
@@ -18,9 +21,10 @@ def main() -> NoReturn:
     gc.disable()
     sys.excepthook = _end_unfinished
     _complete_stdio()
+    spawned = spawn() if sys.argv[1:2] and sys.argv[1] in NEED_A_LAUNCHER else None
     from jhansi_runtime.cli import run  # noqa: PLC0415 - with the collector off
 
-    status = run(sys.argv[1:])
+    status = run(sys.argv[1:], spawned)
     # Everything is flushed and closed; taking the interpreter apart module by module would add 8 ms to each command.
     os._exit(status)
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 from jhansi_runtime import remedies
-from jhansi_runtime.engine import Slot, Streams, execute
+from jhansi_runtime.engine import InProcess, Slot, Streams, execute
 from jhansi_runtime.errors import HostError, JhansiError, StepFailedError
 from jhansi_runtime.isolation import syscalls
 from jhansi_runtime.isolation.channel import Container, Order
@@ -147,7 +147,7 @@ def _run_true(scratch: str, filters: tuple[bytes, ...]) -> None:
         open_files=limits.nofile,
         filters=filters,
     )
-    with Slot(container) as slot:
+    with Slot(container, InProcess()) as slot:
         ended = execute(slot, order, Streams(), stdin=b"", timeout=limits.timeout, output_bytes=limits.output)
     if ended.failure is not None:
         raise StepFailedError(ended.failure.step, os.strerror(ended.failure.errno))

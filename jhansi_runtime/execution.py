@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from jhansi_runtime.audit import AuditLog
-from jhansi_runtime.engine import Ended, Slot, Streams, execute
+from jhansi_runtime.engine import Ended, Launcher, Slot, Streams, execute
 from jhansi_runtime.errors import HostError, InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
 from jhansi_runtime.isolation.channel import Container, Failure, Order
 from jhansi_runtime.profiles import Profile
@@ -81,8 +81,8 @@ def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
     return None if request.filename is None else workspace.open_program(request.filename)
 
 
-def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
-    """Run one exec and return its result.
+def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -> ExecResult:
+    """Run one exec in a container that the launcher builds, and return its result.
 
     ProgramMissingError and NotExecutableError say that there was nothing to run, HostError that it could not be
     confined; in each case nothing was run, and if the start was recorded, so is the end.
@@ -96,7 +96,7 @@ def perform(this: Exec, audit: AuditLog, streams: Streams) -> ExecResult:
         host_id=this.place.host_id,
     )
     program = _program(this)
-    with _in_use(this.rootfs), Slot(container) as slot:
+    with _in_use(this.rootfs), Slot(container, launcher) as slot:
         order = Order(
             workspace=this.place.workspace,
             argv=[os.fsencode(word) for word in program.argv],

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from msgspec import structs
 
 from jhansi_runtime.audit import AuditLog
-from jhansi_runtime.engine import Streams
+from jhansi_runtime.engine import Launcher, LauncherProcess, Streams
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
@@ -36,11 +36,18 @@ class Runtime:
     """All sandboxes of one installation. A context manager; any number of processes may have one open at once.
 
     paths say where things live, by default as the environment does (CONTRACT: Environment). progress is called with a
-    line for a person when something takes long. Opening it settles what killed processes left: their execs get an
+    line for a person when something takes long. launcher builds the containers, by default a process that is started for
+    the first exec. Opening it settles what killed processes left: their execs get an
     exec.end of status `lost`.
     """
 
-    def __init__(self, paths: Paths | None = None, *, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        paths: Paths | None = None,
+        *,
+        progress: Callable[[str], None] | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
         self.paths = paths or Paths.from_environment()
         self.audit = AuditLog(self.paths.audit, fsync=load(self.paths.config).audit.fsync)
         self._progress = progress or _silent
@@ -50,6 +57,7 @@ class Runtime:
         self._rootfs = RootfsStore(self.paths.rootfs, shipped("rootfs"))
         self._profiles = ProfileStore(shipped("seccomp"), self.paths.cache)
         self._runs = Runs(self.paths.runs)
+        self._launcher = launcher or LauncherProcess()
         self._settle_lost_runs()
 
     def __enter__(self) -> Self:
@@ -61,7 +69,8 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Flush the audit log to the disk."""
+        """End the launcher, and flush the audit log to the disk."""
+        self._launcher.close()
         self.audit.close()
 
     # --- sandboxes ---
@@ -253,7 +262,7 @@ class Runtime:
         found = find_program(request, place.files)  # before the rootfs, which may take a minute to build
         rootfs = self._open_rootfs(language, request.rootfs or "recipe")
         this = Exec(run, run_id, self._actor, place, rootfs, self._profiles.open(), limits, request, found)
-        return perform(this, self.audit, streams or Streams())
+        return perform(this, self._launcher, self.audit, streams or Streams())
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":

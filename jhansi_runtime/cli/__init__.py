@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from jhansi_runtime.errors import JhansiError
+from jhansi_runtime.isolation.spawn import Spawned
 from jhansi_runtime.rendering import printable
 
 __all__ = ["COMPLETION_VARIABLE", "PROGRAM", "jhansi_run", "run"]
@@ -75,11 +76,11 @@ def jhansi_run() -> None:
     """Run untrusted code in persistent sandboxes on this host."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; the exit status. All output is flushed."""
+def run(arguments: Sequence[str], spawned: Spawned | None = None) -> int:
+    """Run one command line; the exit status. All output is flushed. spawned is a launcher started ahead, if any."""
     try:
         instruction = os.environ.get(COMPLETION_VARIABLE)
-        status = _invoke(list(arguments) or ["--help"]) if instruction is None else _complete(instruction)
+        status = _invoke(list(arguments) or ["--help"], spawned) if instruction is None else _complete(instruction)
         sys.stdout.flush()
     except click.exceptions.Exit as end:
         status = end.exit_code
@@ -103,11 +104,11 @@ def _complete(instruction: str) -> int:
     return JhansiError.exit_code
 
 
-def _invoke(arguments: list[str]) -> int:
+def _invoke(arguments: list[str], spawned: Spawned | None) -> int:
     """What click's own `main` does, without its exit statuses."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without the character is no reason to fail
-    with jhansi_run.make_context(PROGRAM, arguments) as context:
+    with jhansi_run.make_context(PROGRAM, arguments, obj=spawned) as context:
         status: Any = jhansi_run.invoke(context)
     return status or 0
 

@@ -38,11 +38,13 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 @contextmanager
 def open_runtime(status: StatusLine | None = None) -> Iterator["Runtime"]:
     """The runtime of this environment; what it is busy with is shown on the status line."""
-    from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - --help, completion and usage errors need none
+    from jhansi_runtime.engine import LauncherProcess  # noqa: PLC0415 - --help, completion and usage errors need none
+    from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
 
     status = status or StatusLine()
+    launcher = LauncherProcess(click.get_current_context().obj)
     try:
-        with Runtime(progress=status.show) as runtime:
+        with Runtime(progress=status.show, launcher=launcher) as runtime:
             yield runtime
     finally:
         status.clear()

@@ -17,8 +17,7 @@ from jhansi_runtime.engine.pump import Output
 from jhansi_runtime.engine.slot import READY, Reaped, Slot, step_failed
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
-from jhansi_runtime.isolation.channel import Failure, Order, Outcome
-from jhansi_runtime.isolation.job import EXECVE
+from jhansi_runtime.isolation.channel import EXECVE, Failure, Order, Outcome
 
 __all__ = ["Ended", "execute"]
 

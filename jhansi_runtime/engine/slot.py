@@ -9,12 +9,12 @@ import signal
 from contextlib import suppress
 from enum import Enum
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
+from jhansi_runtime.engine.launcher import Launcher
 from jhansi_runtime.errors import HostError, StepFailedError
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome
-from jhansi_runtime.isolation.launch import launch
+from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome, Reaped
 from jhansi_runtime.isolation.steps import StepError
 
 __all__ = ["READY", "Ready", "Reaped", "Slot", "step_failed"]
@@ -29,19 +29,13 @@ class Ready(Enum):
 READY = Ready.READY
 
 
-class Reaped(NamedTuple):
-    """What the kernel accounted to a container as a whole: CPU seconds of all its processes, init's own included."""
-
-    cpu_seconds: float
-    peak_bytes: int
-
-
 class Slot:
     """One container. A context manager: leaving it kills and reaps whatever is still there."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, launcher: Launcher) -> None:
+        self._launcher = launcher
         try:
-            self._init = launch(container)
+            self._init = launcher.launch(container)
         except StepError as error:
             raise step_failed(error.failure) from error
         self._ordered = False
@@ -101,10 +95,9 @@ class Slot:
         """Kill what is left, wait until the kernel has taken the container down, and return what it used."""
         if self._reaped is None:
             self.kill()
-            _, _, usage = os.wait4(self._init.pid, 0)
+            self._reaped = self._launcher.reap(self._init)
             os.close(self._init.pidfd)
             self._init.channel.close()
-            self._reaped = Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
         return self._reaped
 
 

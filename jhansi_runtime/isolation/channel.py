@@ -13,7 +13,7 @@ import os
 import struct
 from typing import NamedTuple
 
-__all__ = ["Channel", "Container", "Failure", "Order", "Outcome", "pair"]
+__all__ = ["EXECVE", "Channel", "Container", "Failure", "Init", "Order", "Outcome", "Reaped", "pair"]
 
 MAPPED = b"m"  # launcher: the id maps are written
 READY = b"r"  # init: the container is built
@@ -23,11 +23,20 @@ TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
+LAUNCH = b"l"  # host to launcher: build this container
+LAUNCHED = b"d"  # launcher: it is begun (descriptors: init's pidfd, init's channel)
+REAP = b"w"  # host to launcher: wait for this init
+REAPED = b"e"  # launcher: it is gone, and what it used
 
-_PACKET = 4096
+EXECVE = "execve"  # the step whose failure is the program's fault
+
+_PACKET = 1 << 14
+_REPORT = 4032
 _DESCRIPTORS = 8
 _EXIT = struct.Struct("=iddQ")
 _FAILED = struct.Struct("=i")
+_PID = struct.Struct("=i")
+_REAPED = struct.Struct("=dQ")
 
 
 class Container(NamedTuple):
@@ -77,6 +86,13 @@ class Outcome(NamedTuple):
     peak_bytes: int
 
 
+class Reaped(NamedTuple):
+    """What the kernel accounted to a container as a whole: CPU seconds, init's own included; peak resident bytes."""
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
 class Failure(NamedTuple):
     """A step that failed, and why; nothing was run. The step `execve` failing is the program's fault, not ours."""
 
@@ -90,6 +106,11 @@ class Channel:
 
     def __init__(self, socket: _socket.socket) -> None:
         self._socket = socket
+
+    @classmethod
+    def of(cls, descriptor: int) -> "Channel":
+        """Return the channel of a descriptor that was passed to us."""
+        return cls(_socket.socket(fileno=descriptor))
 
     def fileno(self) -> int:
         """Return the descriptor, for poll."""
@@ -122,6 +143,14 @@ class Channel:
         if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
             raise OSError(errno.EMSGSIZE, "a message on the channel was cut off")
         return packet[:1], packet[1:], list(descriptors)
+
+
+class Init(NamedTuple):
+    """A container's init, for whoever runs it: its pid, a pidfd that cannot come to mean another, the channel to it."""
+
+    pid: int
+    pidfd: int
+    channel: Channel
 
 
 def pair() -> tuple[Channel, Channel]:
@@ -163,10 +192,30 @@ def decode_outcome(body: bytes) -> Outcome:
 def encode_failure(failure: Failure) -> bytes:
     """Return the body of a FAILED message."""
     text = f"{failure.step}\0{failure.detail}".encode(errors="replace")
-    return _FAILED.pack(failure.errno) + text[: _PACKET - 64]
+    return _FAILED.pack(failure.errno) + text[:_REPORT]
 
 
 def decode_failure(body: bytes) -> Failure:
     """Return what a FAILED message says."""
     step, _, detail = body[_FAILED.size :].decode(errors="replace").partition("\0")
     return Failure(step, _FAILED.unpack(body[: _FAILED.size])[0], detail)
+
+
+def encode_pid(pid: int) -> bytes:
+    """Return the body of a LAUNCHED or REAP message."""
+    return _PID.pack(pid)
+
+
+def decode_pid(body: bytes) -> int:
+    """Return whom a LAUNCHED or REAP message is about."""
+    return int(_PID.unpack(body)[0])
+
+
+def encode_reaped(reaped: Reaped) -> bytes:
+    """Return the body of a REAPED message."""
+    return _REAPED.pack(*reaped)
+
+
+def decode_reaped(body: bytes) -> Reaped:
+    """Return what a REAPED message says."""
+    return Reaped(*_REAPED.unpack(body))

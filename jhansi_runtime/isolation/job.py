@@ -15,15 +15,14 @@ import prctl
 
 from jhansi_runtime.isolation import caps, idmap, seccomp, terminal
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation.channel import Channel, Failure, Order, encode_failure
+from jhansi_runtime.isolation.channel import EXECVE, Channel, Failure, Order, encode_failure
 from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
 
-__all__ = ["CONFINED", "EXECVE", "main"]
+__all__ = ["CONFINED", "main"]
 
 CONFINED = b"."
-EXECVE = "execve"
 _WORKSPACE = "/workspace"
 _STACK_BYTES = 8 << 20
 _LOCKED_BYTES = 64 << 10

@@ -5,11 +5,10 @@ import os
 import signal
 from contextlib import suppress
 from functools import cache
-from typing import NamedTuple
 
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import idmap, inside
-from jhansi_runtime.isolation.channel import Channel, Container
+from jhansi_runtime.isolation.channel import Container, Init, Reaped
 from jhansi_runtime.isolation.steps import step
 from jhansi_runtime.isolation.syscalls import (
     CLONE_NEWCGROUP,
@@ -23,17 +22,9 @@ from jhansi_runtime.isolation.syscalls import (
     command_line_span,
 )
 
-__all__ = ["Init", "launch"]
+__all__ = ["NAMESPACES", "launch", "reap"]
 
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
-
-
-class Init(NamedTuple):
-    """A container's init as its launcher holds it: its pid, a pidfd that cannot come to mean another, the channel."""
-
-    pid: int
-    pidfd: int
-    channel: Channel
 
 
 def launch(container: Container) -> Init:
@@ -64,6 +55,12 @@ def launch(container: Container) -> Init:
             ours.close()
             _end(pid, pidfd)
     return Init(pid, pidfd, ours)
+
+
+def reap(pid: int) -> Reaped:
+    """Wait for an init that is ending, and return what the kernel accounted to its container."""
+    _, _, usage = os.wait4(pid, 0)
+    return Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 @cache
