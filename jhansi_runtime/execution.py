@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -287,7 +286,11 @@ def _signal_name(number: int) -> str:
 
 
 def _text(content: bytes, encoding: Encoding) -> str:
-    return b64encode(content).decode("ascii") if encoding == "base64" else content.decode(errors="replace")
+    if encoding == "text":
+        return content.decode(errors="replace")
+    from base64 import b64encode  # noqa: PLC0415 - seldom asked for
+
+    return b64encode(content).decode()
 
 
 def _not_run(failure: Failure, program: _Program) -> JhansiError:

@@ -33,14 +33,23 @@ class ProfileStore:
     def __init__(self, sources: str, cache: str) -> None:
         self._sources = sources
         self._cache = cache
+        self._opened: dict[str, tuple[tuple[int, int, int], Profile]] = {}
 
     def open(self, name: str = "default") -> Profile:
         """Return a profile, ready to install. NotFoundError: there is none of that name; HostError: it is unfit."""
+        path = os.path.join(self._sources, f"{name}.json")
         try:
-            with open(os.path.join(self._sources, f"{name}.json"), "rb") as file:
-                text = file.read()
+            status = os.stat(path)
+            version = status.st_ino, status.st_mtime_ns, status.st_size
+            if name not in self._opened or self._opened[name][0] != version:
+                self._opened[name] = version, self._load(name, path)
         except FileNotFoundError:
             raise NotFoundError(f"there is no seccomp profile {name!r} in {self._sources}") from None
+        return self._opened[name][1]
+
+    def _load(self, name: str, source: str) -> Profile:
+        with open(source, "rb") as file:
+            text = file.read()
         digest = sha256(text).hexdigest()
         path = os.path.join(self._cache, f"seccomp-{digest}.{os.uname().machine}.bpf")
         programs = _read(path)

@@ -36,9 +36,8 @@ class Runtime:
     """All sandboxes of one installation. A context manager; any number of processes may have one open at once.
 
     paths say where things live, by default as the environment does (CONTRACT: Environment). progress is called with a
-    line for a person when something takes long. launcher builds the containers, by default a process that is started for
-    the first exec. Opening it settles what killed processes left: their execs get an
-    exec.end of status `lost`.
+    line for a person when something takes long. launcher builds the containers, by default a process that is started
+    for the first exec. Opening it settles what killed processes left: their execs get an exec.end of status `lost`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
-from jhansi_runtime.engine.slot import READY, Reaped, Slot, step_failed
+from jhansi_runtime.engine.slot import Progress, Reaped, Slot, step_failed
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation.channel import EXECVE, Failure, Order, Outcome
@@ -184,7 +184,9 @@ class _Run:
 
     def _hear(self) -> None:
         message = self._slot.receive()
-        if message is READY:
+        if message is Progress.LAUNCHED:
+            return
+        if message is Progress.READY:
             self._ready = True
             self._began = time.monotonic()
             self._deadline = self._began + self._timeout if not self._cancelling else self._deadline

@@ -11,9 +11,8 @@ from typing import Protocol
 
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation.channel import Channel, Container, Init, Reaped
+from jhansi_runtime.isolation.channel import Channel, Container, Reaped
 from jhansi_runtime.isolation.spawn import Spawned, spawn
-from jhansi_runtime.isolation.steps import StepError
 
 __all__ = ["InProcess", "Launcher", "LauncherProcess"]
 
@@ -21,11 +20,14 @@ __all__ = ["InProcess", "Launcher", "LauncherProcess"]
 class Launcher(Protocol):
     """What a Slot needs: someone to clone init, and later to wait for it, as only its parent can."""
 
-    def launch(self, container: Container) -> Init:
-        """Begin a container. StepError when the kernel refuses; HostError when there is nobody to ask."""
+    def launch(self, container: Container, channel: Channel) -> None:
+        """Begin a container whose init talks over `channel`; how it goes is told there."""
 
-    def reap(self, init: Init) -> Reaped:
+    def reap(self, pid: int) -> Reaped:
         """Wait until the kernel has taken a killed container down, and return what it used."""
+
+    def release(self, pid: int) -> None:
+        """Let an init end that has nothing else to do; nobody need wait for that."""
 
     def close(self) -> None:
         """End the launcher, and every container of its."""
@@ -34,17 +36,21 @@ class Launcher(Protocol):
 class InProcess:
     """This process is the launcher: it must have one thread, and is copied for each container with all it holds."""
 
-    def launch(self, container: Container) -> Init:
+    def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher."""
         from jhansi_runtime.isolation.launch import launch  # noqa: PLC0415 - a launcher process loads it elsewhere
 
-        return launch(container)
+        launch(container, channel)
 
-    def reap(self, init: Init) -> Reaped:
+    def reap(self, pid: int) -> Reaped:
         """See Launcher."""
         from jhansi_runtime.isolation.launch import reap  # noqa: PLC0415 - likewise
 
-        return reap(init.pid)
+        return reap(pid)
+
+    def release(self, pid: int) -> None:
+        """See Launcher. Here somebody has to wait: this process is the parent."""
+        self.reap(pid)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -63,23 +69,35 @@ class LauncherProcess:
         if spawned is not None:
             self._adopt(spawned)
 
-    def launch(self, container: Container) -> Init:
-        """See Launcher."""
+    def launch(self, container: Container, channel: Channel) -> None:
+        """See Launcher. This does not wait: the launcher clones while the caller goes on."""
+        request = marshal.dumps(tuple(container))
         with self._mutex:
             if self._channel is None:
                 self._adopt(spawn())
-            kind, body, descriptors = self._ask(messages.LAUNCH, marshal.dumps(tuple(container)))
-        if kind == messages.FAILED:
-            raise StepError(messages.decode_failure(body))
-        pidfd, channel = descriptors
-        return Init(messages.decode_pid(body), pidfd, Channel.of(channel))
+            assert self._channel is not None  # noqa: S101 - adopted
+            try:
+                self._channel.send(messages.LAUNCH, request, (channel.fileno(),))
+            except BrokenPipeError:
+                self._end()
+                raise _died() from None
 
-    def reap(self, init: Init) -> Reaped:
-        """See Launcher. An init whose launcher is gone was reaped by the kernel: nothing is known of what it used."""
-        with self._mutex, suppress(HostError):
+    def reap(self, pid: int) -> Reaped:
+        """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
+        with self._mutex, suppress(BrokenPipeError):
             if self._channel is not None:
-                return messages.decode_reaped(self._ask(messages.REAP, messages.encode_pid(init.pid))[1])
+                self._channel.send(messages.REAP, messages.encode_pid(pid))
+                kind, body, _ = self._channel.receive()
+                if kind == messages.REAPED:
+                    return messages.decode_reaped(body)
+                self._end()
         return Reaped(0.0, 0)
+
+    def release(self, pid: int) -> None:
+        """See Launcher."""
+        with self._mutex, suppress(BrokenPipeError):
+            if self._channel is not None:
+                self._channel.send(messages.RELEASE, messages.encode_pid(pid))
 
     def close(self) -> None:
         """End the launcher, and every container of its."""
@@ -89,19 +107,13 @@ class LauncherProcess:
     def _adopt(self, spawned: Spawned) -> None:
         self._pid, self._channel = spawned.pid, Channel(spawned.socket)
 
-    def _ask(self, kind: bytes, body: bytes) -> tuple[bytes, bytes, list[int]]:
-        assert self._channel is not None  # noqa: S101 - whoever asks has looked
-        with suppress(BrokenPipeError):  # then there is no answer either
-            self._channel.send(kind, body)
-        answer = self._channel.receive()
-        if not answer[0]:
-            self._end()
-            raise HostError("the launcher has died; every exec of its has ended", remedy="run it again")
-        return answer
-
     def _end(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
             with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
                 os.waitpid(self._pid, 0)
+
+
+def _died() -> HostError:
+    return HostError("the launcher has died, and every exec of its with it", remedy="run it again")

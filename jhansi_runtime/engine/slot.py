@@ -15,18 +15,15 @@ from jhansi_runtime.engine.launcher import Launcher
 from jhansi_runtime.errors import HostError, StepFailedError
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome, Reaped
-from jhansi_runtime.isolation.steps import StepError
 
-__all__ = ["READY", "Ready", "Reaped", "Slot", "step_failed"]
+__all__ = ["Progress", "Reaped", "Slot", "step_failed"]
 
 
-class Ready(Enum):
-    """That a container is built, and waits for its order or has begun with it."""
+class Progress(Enum):
+    """How far a container has come that has not ended: init is cloned; it is built, and takes its order."""
 
+    LAUNCHED = "launched"
     READY = "ready"
-
-
-READY = Ready.READY
 
 
 class Slot:
@@ -34,12 +31,17 @@ class Slot:
 
     def __init__(self, container: Container, launcher: Launcher) -> None:
         self._launcher = launcher
-        try:
-            self._init = launcher.launch(container)
-        except StepError as error:
-            raise step_failed(error.failure) from error
-        self._ordered = False
+        self._pid = self._pidfd = -1
+        self._ordered = self._has_ended = False
         self._reaped: Reaped | None = None
+        self._channel, theirs = messages.pair()
+        try:
+            launcher.launch(container, theirs)
+        except HostError:
+            self._channel.close()
+            raise
+        finally:
+            theirs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +54,7 @@ class Slot:
     @property
     def channel(self) -> int:
         """The descriptor that is readable when `receive` has something to tell."""
-        return self._init.channel.fileno()
+        return self._channel.fileno()
 
     def start(self, order: Order, streams: list[int]) -> None:
         """Give the container its order. It need not be ready: init reads the order when it is."""
@@ -62,43 +64,62 @@ class Slot:
         content = messages.write_order(order)
         try:
             with suppress(BrokenPipeError):  # init has failed, and receive() tells how
-                self._init.channel.send(messages.ORDER, descriptors=(content, *streams))
+                self._channel.send(messages.ORDER, descriptors=(content, *streams))
         finally:
             os.close(content)
 
-    def receive(self) -> Outcome | Failure | Ready | int | None:
-        """Return what init says: READY, the master of the job's terminal, a failure or the outcome; None at the end."""
-        kind, body, descriptors = self._init.channel.receive()
+    def receive(self) -> Outcome | Failure | Progress | int | None:
+        """Return what init says: how far it is, the master of the job's terminal, a failure or the outcome.
+
+        None when it has ended without another word.
+        """
+        kind, body, descriptors = self._channel.receive()
+        if kind == messages.LAUNCHED:
+            self._pid, self._pidfd = messages.decode_pid(body), descriptors[0]
+            return Progress.LAUNCHED
         if kind == messages.READY:
-            return READY
-        if kind == messages.EXIT:
-            return messages.decode_outcome(body)
-        if kind == messages.FAILED:
-            return messages.decode_failure(body)
+            return Progress.READY
         if kind == messages.TERMINAL:
             return descriptors[0]
-        return None
+        if kind == messages.FAILED:
+            return messages.decode_failure(body)
+        if kind != messages.EXIT:
+            return None
+        self._has_ended = True
+        return messages.decode_outcome(body)
 
     def signal(self, number: int) -> None:
         """Send the job a signal; nothing happens when it has ended already."""
         try:
-            self._init.channel.send(messages.SIGNAL, bytes([number]))
+            self._channel.send(messages.SIGNAL, bytes([number]))
         except BrokenPipeError:
             return
 
     def kill(self) -> None:
         """End every process of the container. By pidfd: a pid could by now be someone else's."""
-        if self._reaped is None:
-            signal.pidfd_send_signal(self._init.pidfd, signal.SIGKILL)
+        if self._is_launched():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> Reaped:
-        """Kill what is left, wait until the kernel has taken the container down, and return what it used."""
+        """Kill what is left, wait until the kernel has taken the container down, and return what it used.
+
+        Of a container whose outcome was received nothing is left but init, on its way out: it is let go.
+        """
         if self._reaped is None:
-            self.kill()
-            self._reaped = self._launcher.reap(self._init)
-            os.close(self._init.pidfd)
-            self._init.channel.close()
+            self._reaped = Reaped(0.0, 0)
+            if self._is_launched():
+                if self._has_ended:
+                    self._launcher.release(self._pid)
+                else:
+                    self.kill()
+                    self._reaped = self._launcher.reap(self._pid)
+                os.close(self._pidfd)
+            self._channel.close()
         return self._reaped
+
+    def _is_launched(self) -> bool:
+        """Say whether there is an init. The launcher's first message tells, and may have to be waited for."""
+        return self._pidfd >= 0 or self.receive() is Progress.LAUNCHED
 
 
 def step_failed(failure: Failure) -> StepFailedError:

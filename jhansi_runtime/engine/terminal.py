@@ -1,20 +1,13 @@
 """The host's terminal, while a job has a pty: raw, so that keys reach the job's own line discipline, then as it was."""
 
-import os
 import termios
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["raw", "size", "untranslated"]
+__all__ = ["raw", "untranslated"]
 
 _OFLAG = 1
-
-
-def size(descriptor: int) -> tuple[int, int]:
-    """Return (rows, columns)."""
-    columns, rows = os.get_terminal_size(descriptor)
-    return rows, columns
 
 
 @contextmanager

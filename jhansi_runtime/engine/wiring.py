@@ -5,10 +5,8 @@ import stat
 from contextlib import ExitStack
 from typing import NamedTuple, Self
 
-from jhansi_runtime.engine import terminal
 from jhansi_runtime.engine.pump import Input, Output
 from jhansi_runtime.errors import InvalidRequestError
-from jhansi_runtime.isolation.terminal import resize
 
 __all__ = ["Streams", "Wiring"]
 
@@ -64,7 +62,7 @@ class Wiring:
     @property
     def size(self) -> tuple[int, int] | None:
         """Rows and columns for the job's pty, if it is to have one."""
-        return terminal.size(self._visible()) if any(self.on_terminal) else None
+        return self._host_size() if any(self.on_terminal) else None
 
     def passed_on(self) -> None:
         """Close our copies of the job's ends: its end of file is ours only when nobody else can write."""
@@ -73,6 +71,8 @@ class Wiring:
 
     def connect_terminal(self, master: int) -> None:
         """Join the pty that init has made to the host's terminal."""
+        from jhansi_runtime.engine import terminal  # noqa: PLC0415 - termios and tty are for those who have one
+
         self._master = master
         os.set_blocking(master, False)
         on_stdin, on_stdout, _ = self.on_terminal
@@ -92,7 +92,14 @@ class Wiring:
     def resize(self) -> None:
         """Copy the size of the host's terminal to the job's."""
         if self._master is not None:
-            resize(self._master, *terminal.size(self._visible()))
+            from jhansi_runtime.isolation.terminal import resize  # noqa: PLC0415 - likewise
+
+            resize(self._master, *self._host_size())
+
+    def _host_size(self) -> tuple[int, int]:
+        """Return the rows and columns of the host's terminal."""
+        columns, rows = os.get_terminal_size(self._visible())
+        return rows, columns
 
     def _visible(self) -> int:
         """Return the host's terminal that the job's pty writes to."""

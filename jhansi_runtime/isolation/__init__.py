@@ -19,7 +19,7 @@ descriptor but its three, the seccomp filter; then it calls execve. If any step 
 is reported.
 
                  launcher                      init                          job
-    prepare      clone3, id map     MAPPED ->  steps of `_prepare`     ->    steps of `_prepare`
+    prepare      clone3, id map     mapped ->  steps of `_prepare`     ->    steps of `_prepare`
                                                                <- READY
                                     <- READY
     wait                            ORDER ->   workspace bound, the rest hidden

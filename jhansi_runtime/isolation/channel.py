@@ -13,9 +13,9 @@ import os
 import struct
 from typing import NamedTuple
 
-__all__ = ["EXECVE", "Channel", "Container", "Failure", "Init", "Order", "Outcome", "Reaped", "pair"]
+__all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Reaped", "pair"]
 
-MAPPED = b"m"  # launcher: the id maps are written
+LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptor: its pidfd)
 READY = b"r"  # init: the container is built
 # Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams.
 ORDER = b"o"
@@ -23,9 +23,9 @@ TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
-LAUNCH = b"l"  # host to launcher: build this container
-LAUNCHED = b"d"  # launcher: it is begun (descriptors: init's pidfd, init's channel)
-REAP = b"w"  # host to launcher: wait for this init
+LAUNCH = b"l"  # host to launcher: build this container (descriptor: init's end of its channel)
+REAP = b"w"  # host to launcher: wait for this init, and tell
+RELEASE = b"q"  # host to launcher: wait for this init, which is ending by itself
 REAPED = b"e"  # launcher: it is gone, and what it used
 
 EXECVE = "execve"  # the step whose failure is the program's fault
@@ -143,14 +143,6 @@ class Channel:
         if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
             raise OSError(errno.EMSGSIZE, "a message on the channel was cut off")
         return packet[:1], packet[1:], list(descriptors)
-
-
-class Init(NamedTuple):
-    """A container's init, for whoever runs it: its pid, a pidfd that cannot come to mean another, the channel to it."""
-
-    pid: int
-    pidfd: int
-    channel: Channel
 
 
 def pair() -> tuple[Channel, Channel]:

@@ -22,21 +22,22 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import clone3, erase
 
-__all__ = ["main"]
+__all__ = ["MAPPED", "main"]
 
 HOSTNAME = "sandbox"
+MAPPED = b"m"
 _REPORT_BYTES = 4096
 
 
-def main(container: Container, channel: Channel, command_line: tuple[int, int]) -> NoReturn:
+def main(container: Container, channel: Channel, mapped: int, command_line: tuple[int, int]) -> NoReturn:
     """Be init. Never returns: what was cloned must not run on as a second launcher.
 
-    command_line is where the launcher's arguments lie in memory: anyone in the container may read /proc/1/cmdline,
-    whatever the dumpable flag says, and a secret may have been given there.
+    mapped is a pipe on which MAPPED comes once the id map is written. command_line is where the launcher's arguments
+    lie in memory: anyone in the container may read /proc/1/cmdline, whatever the dumpable flag says.
     """
     try:
         erase(*command_line)
-        _live(container, channel)
+        _live(container, channel, mapped)
     finally:
         os._exit(0)
 
@@ -49,9 +50,9 @@ class _Waiting(NamedTuple):
     report: int
 
 
-def _live(container: Container, channel: Channel) -> None:
+def _live(container: Container, channel: Channel, mapped: int) -> None:
     try:
-        root, waiting = _prepare(container, channel)
+        root, waiting = _prepare(container, channel, mapped)
         channel.send(messages.READY)
         outcome = _run(root, waiting, channel)
     except StepError as error:
@@ -62,17 +63,17 @@ def _live(container: Container, channel: Channel) -> None:
         channel.send(messages.EXIT, messages.encode_outcome(outcome))
 
 
-def _prepare(container: Container, channel: Channel) -> tuple[int, _Waiting]:
+def _prepare(container: Container, channel: Channel, mapped: int) -> tuple[int, _Waiting]:
     """Build the container around this process; return a descriptor of its root, and the job that waits in it."""
     # First of all: a page that is written both before and after a fork is copied twice.
     with step("fork"):
         waiting = _fork_job(container.host_id)
     with step("detach from the launcher"):
-        detach((channel.fileno(), waiting.channel.fileno(), waiting.report))
-    if channel.receive()[0] != messages.MAPPED:
+        detach((channel.fileno(), mapped, waiting.channel.fileno(), waiting.report))
+    if os.read(mapped, 1) != MAPPED:
         raise BrokenPipeError
     with suppress(BrokenPipeError):  # it has failed already; _await_job tells how
-        waiting.channel.send(messages.MAPPED)
+        waiting.channel.send(messages.READY)
     with step("sources"):
         # Before the ids change: started by root, only root's own id may reach what lies in root's folders.
         sources = mounts.open_sources(container.tree, container.workspaces, container.binds)

@@ -53,7 +53,7 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
 def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
     with step("detach from init"):
         detach((channel.fileno(), report))
-    if channel.receive()[0] != messages.MAPPED:
+    if channel.receive()[0] != messages.READY:
         raise StepError(Failure("fork", 0, "init ended before the job was confined"))
     with step("job's ids"):
         idmap.become_sandbox(host_id)

@@ -3,13 +3,12 @@
 import errno
 import os
 import signal
-from contextlib import suppress
 from functools import cache
 
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import idmap, inside
-from jhansi_runtime.isolation.channel import Container, Init, Reaped
-from jhansi_runtime.isolation.steps import step
+from jhansi_runtime.isolation.channel import Channel, Container, Reaped
+from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -27,40 +26,47 @@ __all__ = ["NAMESPACES", "launch", "reap"]
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
 
 
-def launch(container: Container) -> Init:
-    """Begin a container; its init reports READY or FAILED on the channel. StepError when the kernel refuses.
+def launch(container: Container, channel: Channel) -> None:
+    """Begin a container whose init talks over `channel`: LAUNCHED with its pid and pidfd, or FAILED, comes first there.
 
-    Whoever calls this must have one thread, must wait for the pid, and takes the container along when it dies.
+    Whoever calls this must have one thread, must reap the pid, and takes the container along when it dies.
     """
-    with step("one thread"):
-        _require_one_thread()
-    command_line = _command_line()
-    with step("channel"):
-        ours, theirs = messages.pair()
-    pid = pidfd = -1
-    mapped = False
     try:
-        with step("namespaces"):
-            pid, pidfd = clone3(NAMESPACES)
-        if pid == 0:
-            inside.main(container, theirs, command_line)
-        with step("id map"):
-            idmap.map_from_parent(pid, container.host_id)
-        mapped = True
-        with suppress(BrokenPipeError):  # init has failed already, and has said at which step
-            ours.send(messages.MAPPED)
-    finally:
-        theirs.close()
-        if not mapped:
-            ours.close()
-            _end(pid, pidfd)
-    return Init(pid, pidfd, ours)
+        _clone(container, channel)
+    except StepError as error:
+        channel.send(messages.FAILED, messages.encode_failure(error.failure))
 
 
 def reap(pid: int) -> Reaped:
     """Wait for an init that is ending, and return what the kernel accounted to its container."""
     _, _, usage = os.wait4(pid, 0)
     return Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def _clone(container: Container, channel: Channel) -> None:
+    with step("one thread"):
+        _require_one_thread()
+    command_line = _command_line()
+    with step("channel"):
+        readable, writable = os.pipe2(os.O_CLOEXEC)
+    pid = pidfd = -1
+    begun = False
+    try:
+        with step("namespaces"):
+            pid, pidfd = clone3(NAMESPACES)
+        if pid == 0:
+            inside.main(container, channel, readable, command_line)
+        with step("id map"):
+            idmap.map_from_parent(pid, container.host_id)
+            channel.send(messages.LAUNCHED, messages.encode_pid(pid), (pidfd,))
+            os.write(writable, inside.MAPPED)
+        begun = True
+    finally:
+        os.close(readable)
+        os.close(writable)
+        if not begun:
+            _end(pid, pidfd)
+    os.close(pidfd)
 
 
 @cache

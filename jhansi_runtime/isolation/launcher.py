@@ -1,8 +1,8 @@
 """The launcher process: builds containers for a host that may have threads, secrets and much memory; it has none.
 
-It answers one request after the other: LAUNCH a container, and pass on the pidfd and the channel of its init; REAP
-that init, and say what the kernel accounted to it. It holds no state but its children, and dies with them when the
-socket closes.
+It obeys one request after the other: LAUNCH a container, on a channel that the host has made for it; REAP its init, and
+say what the kernel accounted to it; RELEASE one that needs no account. It holds no state but its children, and dies
+with them when the socket closes.
 """
 
 import _socket
@@ -15,7 +15,6 @@ from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Channel, Container
 from jhansi_runtime.isolation.launch import launch, reap
 from jhansi_runtime.isolation.spawn import CONNECTION
-from jhansi_runtime.isolation.steps import StepError
 from jhansi_runtime.isolation.syscalls import close_range
 
 __all__ = ["main"]
@@ -36,22 +35,17 @@ def main() -> NoReturn:
 
 
 def _answer(channel: Channel) -> bool:
-    kind, body, _ = channel.receive()
+    kind, body, descriptors = channel.receive()
     if kind == messages.LAUNCH:
-        _launch(channel, Container(*marshal.loads(body)))  # noqa: S302 - written by the host, never by a job
+        init = Channel.of(descriptors[0])
+        try:
+            launch(Container(*marshal.loads(body)), init)  # noqa: S302 - written by the host, never by a job
+        except BrokenPipeError:
+            pass  # the host has given this container up already
+        finally:
+            init.close()
     elif kind == messages.REAP:
         channel.send(messages.REAPED, messages.encode_reaped(reap(messages.decode_pid(body))))
+    elif kind == messages.RELEASE:
+        reap(messages.decode_pid(body))
     return kind != b""
-
-
-def _launch(channel: Channel, container: Container) -> None:
-    try:
-        init = launch(container)
-    except StepError as error:
-        channel.send(messages.FAILED, messages.encode_failure(error.failure))
-        return
-    try:
-        channel.send(messages.LAUNCHED, messages.encode_pid(init.pid), (init.pidfd, init.channel.fileno()))
-    finally:
-        os.close(init.pidfd)
-        init.channel.close()

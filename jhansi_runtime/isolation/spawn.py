@@ -25,8 +25,8 @@ def spawn() -> Spawned:
     """Start a launcher. It ends when our end of the socket is closed, and every container of its with it."""
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
-        # Isolated from the environment and from site's start-up files; it finds modules where we do, but for the working
-        # directory, in which anyone may have put something.
+        # Isolated from the environment and from site's start-up files. It finds modules where we do, but for the
+        # working directory, in which anyone may have put something.
         path = [entry for entry in sys.path if os.path.isabs(entry)]
         actions = [
             *((os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(CONNECTION)),
