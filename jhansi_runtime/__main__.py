@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
@@ -21,7 +22,10 @@ def main() -> NoReturn:
     gc.disable()
     sys.excepthook = _end_unfinished
     _complete_stdio()
-    spawned = spawn() if sys.argv[1:2] and sys.argv[1] in NEED_A_LAUNCHER else None
+    spawned = None
+    if sys.argv[1:2] and sys.argv[1] in NEED_A_LAUNCHER:
+        with suppress(OSError):  # the runtime tries again, and tells why it cannot
+            spawned = spawn()
     from jhansi_runtime.cli import run  # noqa: PLC0415 - with the collector off
 
     status = run(sys.argv[1:], spawned)

@@ -71,6 +71,7 @@ class Runtime:
         """End the launcher, and flush the audit log to the disk."""
         self._launcher.close()
         self.audit.close()
+        self._launcher.wait()
 
     # --- sandboxes ---
 

@@ -1,5 +1,6 @@
 """The options and arguments that commands share, and the runtime they call."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,7 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 @contextmanager
 def open_runtime(status: StatusLine | None = None) -> Iterator["Runtime"]:
     """The runtime of this environment; what it is busy with is shown on the status line."""
+    _load_msgspec()
     from jhansi_runtime.engine import LauncherProcess  # noqa: PLC0415 - --help, completion and usage errors need none
     from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
 
@@ -48,6 +50,17 @@ def open_runtime(status: StatusLine | None = None) -> Iterator["Runtime"]:
             yield runtime
     finally:
         status.clear()
+
+
+def _load_msgspec() -> None:
+    """Load msgspec as it is where typing_extensions is not installed: it uses it if it can, for 5 ms of every start."""
+    if "typing_extensions" in sys.modules:
+        return
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment] # to the import system: there is none
+    try:
+        import msgspec  # noqa: F401, PLC0415 - --help, completion and usage errors need none
+    finally:
+        del sys.modules["typing_extensions"]
 
 
 def print_json(value: object) -> None:

@@ -30,7 +30,10 @@ class Launcher(Protocol):
         """Let an init end that has nothing else to do; nobody need wait for that."""
 
     def close(self) -> None:
-        """End the launcher, and every container of its."""
+        """End the launcher, and every container of its; wait() returns when it has ended."""
+
+    def wait(self) -> None:
+        """See close."""
 
 
 class InProcess:
@@ -55,6 +58,9 @@ class InProcess:
     def close(self) -> None:
         """Nothing to end."""
 
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
 
 class LauncherProcess:
     """A process of its own, started at the first launch or handed over as `spawned`. May be used by several threads.
@@ -73,14 +79,13 @@ class LauncherProcess:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
         request = marshal.dumps(tuple(container))
         with self._mutex:
-            if self._channel is None:
-                self._adopt(spawn())
-            assert self._channel is not None  # noqa: S101 - adopted
-            try:
-                self._channel.send(messages.LAUNCH, request, (channel.fileno(),))
-            except BrokenPipeError:
-                self._end()
-                raise _died() from None
+            connection = self._channel or self._adopt(_spawn())
+            with suppress(BrokenPipeError):
+                connection.send(messages.LAUNCH, request, (channel.fileno(),))
+                return
+        self.close()
+        self.wait()
+        raise HostError("the launcher has died, and every exec of its with it", remedy="run it again")
 
     def reap(self, pid: int) -> Reaped:
         """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
@@ -90,7 +95,6 @@ class LauncherProcess:
                 kind, body, _ = self._channel.receive()
                 if kind == messages.REAPED:
                     return messages.decode_reaped(body)
-                self._end()
         return Reaped(0.0, 0)
 
     def release(self, pid: int) -> None:
@@ -100,20 +104,32 @@ class LauncherProcess:
                 self._channel.send(messages.RELEASE, messages.encode_pid(pid))
 
     def close(self) -> None:
-        """End the launcher, and every container of its."""
+        """See Launcher."""
         with self._mutex:
-            self._end()
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
 
-    def _adopt(self, spawned: Spawned) -> None:
-        self._pid, self._channel = spawned.pid, Channel(spawned.socket)
+    def wait(self) -> None:
+        """See Launcher."""
+        with self._mutex:
+            if self._pid > 0:
+                with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
+                    os.waitpid(self._pid, 0)
+                self._pid = -1
 
-    def _end(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-            with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
-                os.waitpid(self._pid, 0)
+    def _adopt(self, spawned: Spawned) -> Channel:
+        self._pid = spawned.pid
+        self._channel = Channel(spawned.socket)
+        return self._channel
 
 
-def _died() -> HostError:
-    return HostError("the launcher has died, and every exec of its with it", remedy="run it again")
+def _spawn() -> Spawned:
+    try:
+        return spawn()
+    except OSError as error:
+        from jhansi_runtime.remedies import remedy_for  # noqa: PLC0415 - needed only when something is wrong
+
+        raise HostError(
+            f"the launcher cannot be started: {error}", remedy=remedy_for("fork", error.errno or 0)
+        ) from error
