@@ -213,7 +213,7 @@ def parsed(module):
 
 def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
     launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
-    in_order = [*steps_of(launch, "launch"), *steps_of(inside, "_prepare"), *steps_of(inside, "_run"), EXECVE]
+    in_order = [*steps_of(launch, "_clone"), *steps_of(inside, "_prepare"), *steps_of(inside, "_run"), EXECVE]
     calls = [call for module in (launch, inside, job) for call in named_calls(module)]
     failures = {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}
 

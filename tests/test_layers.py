@@ -56,9 +56,9 @@ TABLE = {
         f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace audit runs settings doctor",
         "msgspec",
     ),
-    "cli": May(f"{BASE} rendering runtime engine audit doctor", "click msgspec"),
+    "cli": May(f"{BASE} rendering runtime engine isolation.spawn audit doctor", "click msgspec"),
     "__init__": May("errors spec paths runtime"),
-    "__main__": May("errors cli"),
+    "__main__": May("errors isolation.spawn cli"),
 }
 
 CTYPES = {"isolation.syscalls"}

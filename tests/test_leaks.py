@@ -19,6 +19,7 @@ import pytest
 from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
+from jhansi_runtime.engine import InProcess
 
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 AT_ONCE = 50
@@ -58,7 +59,8 @@ def environment(tmp_path):
 
 @pytest.fixture
 def runtime(environment):
-    with Runtime(Paths.from_environment(environment)) as runtime:
+    # Without a launcher: what descends from this process is then what the others have left.
+    with Runtime(Paths.from_environment(environment), launcher=InProcess()) as runtime:
         yield runtime
 
 
@@ -225,7 +227,7 @@ def test_killing_the_runtime_at_any_moment_leaves_nothing_and_each_lost_run_is_n
             time.sleep(chance.uniform(0, 0.3))
             process.kill()
         wait_until_alone()
-    with Runtime(runtime.paths):  # the next start
+    with Runtime(runtime.paths, launcher=InProcess()):  # the next start
         pass
 
     assert left_behind(environment) == before
@@ -264,7 +266,8 @@ def crowd(runtime, box, environment, tmp_path):
     runtime.put(box, str(tmp_path / "main.py"))
     with start(["exec", "--result", str(tmp_path / "result"), box, "main.py"], environment) as process:
         assert process.stdout.readline() == b"up\n"
-        (init,) = psutil.Process(process.pid).children()
+        (launcher,) = psutil.Process(process.pid).children()
+        (init,) = launcher.children()
         (job,) = init.children()
         yield process, init, job
         process.kill()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 
 from jhansi_runtime import ExecRequest, Runtime
+from jhansi_runtime.engine import InProcess
 from jhansi_runtime.errors import InvalidRequestError, JhansiError
 from jhansi_runtime.paths import Paths
 
@@ -342,7 +343,8 @@ class Box(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runtime(runtime_environment):
-    with Runtime(Paths.from_environment(runtime_environment)) as runtime:
+    # Without a launcher: a child of this process is then what an exec has left.
+    with Runtime(Paths.from_environment(runtime_environment), launcher=InProcess()) as runtime:
         yield runtime
 
 

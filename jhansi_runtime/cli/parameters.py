@@ -44,7 +44,8 @@ def open_runtime(status: StatusLine | None = None) -> Iterator["Runtime"]:
     from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
 
     status = status or StatusLine()
-    launcher = LauncherProcess(click.get_current_context().obj)
+    context = click.get_current_context(silent=True)  # a shell that completes a word has none
+    launcher = LauncherProcess(context.obj if context else None)
     try:
         with Runtime(progress=status.show, launcher=launcher) as runtime:
             yield runtime

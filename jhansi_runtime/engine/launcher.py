@@ -16,6 +16,8 @@ from jhansi_runtime.isolation.spawn import Spawned, spawn
 
 __all__ = ["InProcess", "Launcher", "LauncherProcess"]
 
+_ATTEMPTS = 2  # the first may find that the launcher has died since it was last used
+
 
 class Launcher(Protocol):
     """What a Slot needs: someone to clone init, and later to wait for it, as only its parent can."""
@@ -27,7 +29,7 @@ class Launcher(Protocol):
         """Wait until the kernel has taken a killed container down, and return what it used."""
 
     def release(self, pid: int) -> None:
-        """Let an init end that has nothing else to do; nobody need wait for that."""
+        """See that an init is reaped that is ending by itself; this need not wait for it."""
 
     def close(self) -> None:
         """End the launcher, and every container of its; wait() returns when it has ended."""
@@ -78,14 +80,14 @@ class LauncherProcess:
     def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
         request = marshal.dumps(tuple(container))
-        with self._mutex:
-            connection = self._channel or self._adopt(_spawn())
-            with suppress(BrokenPipeError):
+        for _ in range(_ATTEMPTS):
+            with self._mutex, suppress(BrokenPipeError):
+                connection = self._channel or self._adopt(_spawn())
                 connection.send(messages.LAUNCH, request, (channel.fileno(),))
                 return
-        self.close()
-        self.wait()
-        raise HostError("the launcher has died, and every exec of its with it", remedy="run it again")
+            self.close()
+            self.wait()
+        raise HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
 
     def reap(self, pid: int) -> Reaped:
         """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""

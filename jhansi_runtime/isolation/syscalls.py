@@ -29,6 +29,7 @@ __all__ = [
     "openat2",
     "pivot_root",
     "seccomp_set_filter",
+    "signal_default",
     "umount_detach",
     "unshare",
 ]
@@ -46,6 +47,7 @@ _NR_MOUNT_SETATTR = 442
 # ... and these are not.
 _MACHINE = os.uname().machine
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(_MACHINE, -1)
+_NR_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}.get(_MACHINE, -1)
 _NR_SECCOMP = {"x86_64": 317, "aarch64": 277}.get(_MACHINE, -1)
 
 AT_FDCWD = -100
@@ -216,6 +218,16 @@ def umount_detach(path: bytes) -> None:
     """Take a mount and all below it out of the tree at once (MNT_DETACH)."""
     if _libc.umount2(path, ctypes.c_int(_MNT_DETACH)) == -1:
         raise _oserror(path)
+
+
+# --- rt_sigaction(2) --------------------------------------------------------------------------------------
+
+_SIGSET_BYTES = 8
+
+
+def signal_default(number: int) -> None:
+    """Give a signal its default action, also one that the C library keeps for itself and hides from sigaction(3)."""
+    _syscall(_NR_RT_SIGACTION, number, bytes(32), None, _SIGSET_BYTES)  # struct sigaction: SIG_DFL, no flags, no mask
 
 
 # --- seccomp(2) -------------------------------------------------------------------------------------------

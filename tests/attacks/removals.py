@@ -12,7 +12,7 @@ import struct
 import prctl
 
 from jhansi_runtime.engine.slot import Slot
-from jhansi_runtime.isolation import caps, inside, job, launch, mounts, seccomp, syscalls
+from jhansi_runtime.isolation import caps, detach, job, launch, mounts, seccomp, syscalls
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -109,7 +109,6 @@ NOT_DUMPABLE = without(prctl, "set_dumpable")
 INNER_NAMESPACE = without(job, "_leave_init_powers")
 CAPABILITIES = without(caps, "drop_all", keep_capabilities)
 SECCOMP = without(seccomp, "install")
-SESSION_OF_INIT = without_in(inside, "os", "setsid")
-SESSION_OF_JOB = without_in(job, "os", "setsid")
-DESCRIPTORS_OF_INIT = without(inside, "close_range")
+SESSION = without_in(detach, "os", "setsid")
+DESCRIPTORS_OF_INIT = without(detach, "close_range")
 DESCRIPTORS_OF_JOB = without(job, "close_range")
