@@ -64,8 +64,8 @@ class Manifest(NamedTuple):
 
 @contextmanager
 def opened(path: str) -> Iterator[int]:
-    """Descriptor of a directory that is ours, closed at the end."""
-    fd = os.open(path, _DIRECTORY_FLAGS)
+    """Descriptor of a directory that is ours, closed at the end. Its owner may have put a link there, to another disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
     finally:

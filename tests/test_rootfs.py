@@ -532,3 +532,13 @@ def test_a_recipe_that_changes_is_read_again_for_the_host(folder, recipes):
 def test_a_host_without_the_interpreter_is_an_error_with_a_remedy(store):
     with pytest.raises(RootfsError, match="this host has no /usr/bin/no-such; install it, or build a rootfs"):
         store.host("absent")
+
+
+def test_the_store_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "rootfs").symlink_to(tmp_path / "elsewhere")
+
+    host = RootfsStore(str(tmp_path / "rootfs"), os.path.join(CHECKOUT, "rootfs")).host("python")
+
+    assert os.path.isdir(os.path.join(host.tree, "workspace"))
+    assert not [name for name in os.listdir(tmp_path / "elsewhere") if name.startswith(".staging")]

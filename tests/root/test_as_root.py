@@ -69,7 +69,8 @@ def staying(environment):
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         started.append(subprocess.Popen(argv, env=environment, **pipes))
         assert started[-1].stdout.readline() == b"up\n", started[-1].communicate()
-        (init,) = psutil.Process(started[-1].pid).children()
+        (launcher,) = psutil.Process(started[-1].pid).children()
+        (init,) = launcher.children()
         (job,) = init.children()
         return started[-1], init, job
 
@@ -166,7 +167,8 @@ mounts.mount_setattr = lambda mount, flags, **options: genuine(mount, flags & ~s
 
 def opening(environment, folder, path, taken_out, **options):
     """What the job got from opening the path, with a step taken out by a line of Python."""
-    main = "from jhansi_runtime.__main__ import main; main()"
+    main = "import jhansi_runtime.engine as engine; engine.LauncherProcess = lambda _: engine.InProcess()\n"
+    main += "from jhansi_runtime.__main__ import main; main()"
     words = ["run", "--rootfs", "host", "--workspace", folder, folder / "opening.py", path]
     argv = [sys.executable, "-c", f"{taken_out}\n{main}", *words]
     answer = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, **options)
