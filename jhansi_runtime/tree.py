@@ -64,7 +64,7 @@ class Manifest(NamedTuple):
 
 @contextmanager
 def opened(path: str) -> Iterator[int]:
-    """Descriptor of a directory that is ours, closed at the end. Its owner may have put a link there, to another disk."""
+    """Descriptor of a directory that is ours, closed at the end. It may be a link, to another disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
