@@ -68,10 +68,7 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """End the launcher, flush the audit log to the disk, and return when nothing of any container is left.
-
-        An exec returns when every process of the job is gone; the container's own init may need a millisecond more.
-        """
+        """End the launcher, and flush the audit log to the disk."""
         self._launcher.close()
         self.audit.close()
         self._launcher.wait()

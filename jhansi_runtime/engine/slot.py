@@ -5,6 +5,7 @@ prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` gives it the
 """
 
 import os
+import select
 import signal
 from contextlib import suppress
 from enum import Enum
@@ -103,14 +104,14 @@ class Slot:
     def close(self) -> Reaped:
         """Kill what is left, wait until the kernel has taken the container down, and return what it used.
 
-        Once the outcome was received nothing is left but init, on its way out: a launcher process sees to that while its
-        host goes on, and a host that closes the launcher waits for it.
+        Of a container whose outcome was received nothing is left but init, on its way out; nobody asks what it used.
         """
         if self._reaped is None:
             self._reaped = Reaped(0.0, 0)
             if self._is_launched():
                 if self._has_ended:
                     self._launcher.release(self._pid)
+                    _wait(self._pidfd)
                 else:
                     self.kill()
                     self._reaped = self._launcher.reap(self._pid)
@@ -121,6 +122,13 @@ class Slot:
     def _is_launched(self) -> bool:
         """Say whether there is an init. The launcher's first message tells, and may have to be waited for."""
         return self._pidfd >= 0 or self.receive() is Progress.LAUNCHED
+
+
+def _wait(pidfd: int) -> None:
+    """Return when the process has ended and its namespaces are gone, reaped or not (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
 
 
 def step_failed(failure: Failure) -> StepFailedError:
