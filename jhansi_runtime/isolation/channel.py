@@ -153,12 +153,12 @@ def pair() -> tuple[Channel, Channel]:
 
 def write_order(order: Order) -> int:
     """Return a memfd that holds the order. marshal is fit: both ends are this interpreter and this code."""
+    content = memoryview(marshal.dumps(tuple(order)))
     descriptor = os.memfd_create("order", os.MFD_CLOEXEC)
     try:
-        content = memoryview(marshal.dumps(tuple(order)))
         while content:
             content = content[os.write(descriptor, content) :]
-    except BaseException:
+    except OSError:
         os.close(descriptor)
         raise
     return descriptor
