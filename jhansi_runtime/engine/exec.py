@@ -103,7 +103,7 @@ def execute(
 
 
 class _Run:
-    """The poll loop and what it has learnt. The slot is alive until init's end of the channel is closed."""
+    """The poll loop and what it has learnt. The slot is alive until init has said its last word."""
 
     def __init__(
         self, slot: Slot, wiring: Wiring, log: Log | None, control: int | None, timeout: float, output_bytes: int
