@@ -77,7 +77,6 @@ def _oserror(path: str | bytes | None = None) -> OSError:
 
 # --- openat2(2) -------------------------------------------------------------------------------------------
 
-RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
