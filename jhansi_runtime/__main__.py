@@ -25,7 +25,7 @@ def main() -> NoReturn:
     spawned = None
     if sys.argv[1:2] and sys.argv[1] in NEED_A_LAUNCHER:
         with suppress(OSError):  # the runtime tries again, and tells why it cannot
-            spawned = spawn()
+            spawned = spawn(ahead=True)
     from jhansi_runtime.cli import run  # noqa: PLC0415 - with the collector off
 
     status = run(sys.argv[1:], spawned)

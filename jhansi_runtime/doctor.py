@@ -34,9 +34,10 @@ __all__ = ["STEPS", "checks"]
 # beside init's, up to where init waits for them: there they stand.
 STEPS = (
     *("one thread", "channel", "namespaces", "id map"),  # launch.py
-    *("fork", "detach from the launcher", "sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
+    *("fork", "detach from the launcher", "loopback", "hostname"),  # inside.py, before it is known what to build
+    *("sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
     *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
-    *("pivot_root", "loopback", "hostname", "workspace", "standard streams", "children"),  # inside.py
+    *("pivot_root", "workspace", "standard streams", "children"),  # inside.py
     *("working directory", "streams", "limits", "descriptors", "seccomp", "execve"),  # job.py
 )
 

@@ -233,6 +233,31 @@ def test_a_filename_that_starts_with_a_dash_goes_after_two(jhansi, program, tmp_
     assert jhansi("run", "--rootfs", "host", "--", "-x.py", cwd=tmp_path).stdout == "ran\n"
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["a", "b c"], ["--timeout", "1"], ["--", "x"], ["-h"], ["", "-"], ["a\nb", b"\xff"]]
+)
+def test_a_line_without_options_is_read_as_the_parser_reads_it(runtime_environment, tmp_path, words):
+    (tmp_path / "main.py").write_text(
+        "import os, sys; print(sys.argv, os.getcwd(), dict(os.environ), sys.stdin.read())"
+    )
+    sandbox = run(["create"], runtime_environment).stdout.strip()
+    run(["put", sandbox, tmp_path / "main.py"], runtime_environment)
+    for verb, *line in (["exec", sandbox, "main.py"], ["run", tmp_path / "main.py"]):
+        answers = [run([verb, *dashes, *line, *words], runtime_environment, input="in") for dashes in ([], ["--"])]
+        assert len({(answer.returncode, answer.stdout, answer.stderr) for answer in answers}) == 1
+        assert answers[0].stdout.startswith("['/workspace/main.py'")
+
+
+@pytest.mark.usefixtures("box")
+@pytest.mark.parametrize(
+    "line", [["exec", "box"], ["exec", "", "main.py"], ["exec", "box", "-x"], ["run"], ["run", "-x"]]
+)
+def test_a_line_that_names_no_file_is_an_error(jhansi, line):
+    answer = jhansi(*line)
+    assert (answer.returncode, answer.stdout) == (125, "")
+    assert answer.stderr.startswith("jhansi-run: error: ")
+
+
 @pytest.mark.usefixtures("box")
 def test_a_command_is_a_program_of_the_rootfs(jhansi):
     assert jhansi("exec", "--command", "box", "--", "echo", "-n", "--", "hello").stdout == "-- hello"

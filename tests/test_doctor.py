@@ -213,7 +213,8 @@ def parsed(module):
 
 def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
     launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
-    in_order = [*steps_of(launch, "_clone"), *steps_of(inside, "_prepare"), *steps_of(inside, "_run"), EXECVE]
+    of_init = [step for function in ("_begin", "_build", "_run") for step in steps_of(inside, function)]
+    in_order = [*steps_of(launch, "begin"), *of_init, EXECVE]
     calls = [call for module in (launch, inside, job) for call in named_calls(module)]
     failures = {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}
 

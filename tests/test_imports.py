@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-THIRD_PARTY = {"click", "msgspec"}
+import pytest
+
+THIRD_PARTY = {"msgspec"}
 OURS = {
     "jhansi_runtime",
     "jhansi_runtime.audit",
@@ -11,8 +13,8 @@ OURS = {
     "jhansi_runtime.chain",
     "jhansi_runtime.digest",
     "jhansi_runtime.cli",
-    "jhansi_runtime.cli.parameters",
-    "jhansi_runtime.cli.programs",
+    "jhansi_runtime.cli.execs",
+    "jhansi_runtime.cli.opening",
     "jhansi_runtime.cli.records",
     "jhansi_runtime.engine",
     "jhansi_runtime.engine.exec",
@@ -80,17 +82,37 @@ def loaded_by(argv, environment):
     return {line.rpartition("|")[2].strip() for line in lines[1:]}
 
 
-def test_an_exec_loads_this_and_nothing_else(jhansi, runtime_environment, tmp_path):
+@pytest.fixture
+def exec_line(jhansi, tmp_path):
+    """The words of an exec without options. The seccomp profile is compiled already."""
     (tmp_path / "hello.py").write_text("print('hello')")
-    assert jhansi("run", "--rootfs", "host", str(tmp_path / "hello.py")).returncode == 0  # compiles the seccomp profile
-    argv = ["-m", "jhansi_runtime", "run", "--rootfs", "host", str(tmp_path / "hello.py")]
-    loaded = loaded_by(argv, runtime_environment) - loaded_by(["-c", "pass"], runtime_environment)
+    sandbox = jhansi("create", "--rootfs", "host").stdout.strip()
+    assert jhansi("put", sandbox, str(tmp_path / "hello.py")).returncode == 0
+    assert jhansi("exec", sandbox, "hello.py").stdout == "hello\n"
+    return ["exec", sandbox, "hello.py"]
+
+
+def test_an_exec_loads_this_and_nothing_else(exec_line, runtime_environment):
+    loaded = loaded_by(["-m", "jhansi_runtime", *exec_line], runtime_environment)
+    loaded -= loaded_by(["-c", "pass"], runtime_environment)
     packages = {name.partition(".")[0] for name in loaded}
 
     assert {name for name in loaded if name.startswith("jhansi_runtime")} <= OURS
-    # importtime lists what was asked for, also where it was not found: typing_extensions is made not to be.
+    # importtime lists what was asked for, also where it was not found: see the next test.
     assert packages - set(sys.stdlib_module_names) - {"jhansi_runtime"} <= THIRD_PARTY | {"typing_extensions"}
     assert not packages & DEAR
+
+
+@pytest.mark.parametrize("option", [[], ["--timeout=9"]])
+def test_what_msgspec_would_load_if_it_could_is_not_loaded(exec_line, option, runtime_environment):
+    verb, *words = exec_line
+    program = (
+        "import sys; from jhansi_runtime.cli import run; run(sys.argv[1:]); print('typing_extensions' in sys.modules)"
+    )
+    argv = [sys.executable, "-c", program, verb, *option, *words]
+    answer = subprocess.run(argv, env=runtime_environment, capture_output=True, text=True, check=True)
+
+    assert answer.stdout == "hello\nFalse\n"
 
 
 def test_a_launcher_loads_the_trusted_core_alone(runtime_environment):

@@ -1,6 +1,7 @@
 """The launcher: a process that holds nothing of its host's, serves several threads, and takes its containers along."""
 
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
+from jhansi_runtime.engine import LauncherProcess
 from jhansi_runtime.errors import HostError
 
 
@@ -68,24 +70,61 @@ def test_a_thread_that_ends_takes_no_container_along(runtime, sandbox):
 
 
 def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
-    descriptors = {
-        name: os.readlink(f"/proc/{launcher}/fd/{name}").partition(":")[0]
-        for name in os.listdir(f"/proc/{launcher}/fd")
-    }
+    begun_by(launcher)
+    descriptors = sorted(
+        os.readlink(f"/proc/{launcher}/fd/{name}").partition(":[")[0] for name in os.listdir(f"/proc/{launcher}/fd")
+    )
     with open(f"/proc/{launcher}/environ") as file:
         assert file.read() == ""
-    assert descriptors == {"0": "/dev/null", "1": "/dev/null", "2": "/dev/null", "3": "socket"}
+    # Two sockets: to its host, and to the init it has begun, whose pidfd it holds.
+    assert descriptors == ["/dev/null", "/dev/null", "/dev/null", "anon_inode", "socket", "socket"]
     assert os.listdir(f"/proc/{launcher}/task") == [str(launcher)]
     assert os.getsid(launcher) == launcher
 
 
-def test_it_ends_with_its_runtime(runtime_environment, sandbox):
+def test_it_ends_with_its_runtime_and_what_it_has_begun_with_it(runtime_environment, sandbox):
     before = children()
     with Runtime(Paths.from_environment(runtime_environment)) as other:
         other.exec(sh(sandbox, "true"))
-        assert len(children() - before) == 1
+        (launcher,) = children() - before
+        begun = begun_by(launcher)
+        family = {begun, *descendants(begun)}
 
     assert children() == before
+    assert not any(map(is_running, family))
+
+
+def test_the_next_exec_takes_the_container_that_was_begun_ahead(runtime, sandbox, launcher):
+    begun = begun_by(launcher)
+    (job,) = descendants(begun)
+    under_way = threading.Thread(target=runtime.exec, args=(sh(sandbox, "sleep 0.5; true"),))
+    under_way.start()
+    time.sleep(0.3)
+    name = pathlib.Path(f"/proc/{job}/comm").read_text()
+    under_way.join()
+
+    assert name == "sh\n"
+    assert begun_by(launcher) != begun
+
+
+def test_a_container_begun_ahead_that_has_died_is_not_given_to_anyone(runtime, sandbox, launcher):
+    begun = begun_by(launcher)
+    os.kill(begun, signal.SIGKILL)
+    while is_running(begun):
+        time.sleep(0.01)
+
+    assert runtime.exec(sh(sandbox, "echo alive")).stdout == "alive\n"
+    assert begun_by(launcher) not in {begun, None}
+
+
+def test_a_caller_of_a_single_exec_has_no_other_begun(runtime_environment, sandbox):
+    before = children()
+    launcher = LauncherProcess(ahead=False)
+    with Runtime(Paths.from_environment(runtime_environment), launcher=launcher) as other:
+        other.exec(sh(sandbox, "true"))
+        (pid,) = children() - before
+        time.sleep(0.3)
+        assert descendants(pid) == []
 
 
 def test_killed_it_takes_its_containers_along_and_the_next_exec_has_a_new_one(runtime, sandbox, launcher):
@@ -119,6 +158,17 @@ def test_a_runtime_killed_ends_its_launcher_and_every_job(runtime_environment, s
     assert not any(map(is_running, family))
     with Runtime(Paths.from_environment(runtime_environment)):
         pass  # the next start settles what it left
+
+
+def begun_by(launcher):
+    """The pid of the init that a launcher has begun ahead, once its job waits in it."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        begun = descendants(launcher)
+        if len(begun) == 1 and descendants(begun[0]):
+            return begun[0]
+        time.sleep(0.01)
+    return None
 
 
 def jobs_of(pid):

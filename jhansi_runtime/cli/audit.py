@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jhansi_runtime.cli.parameters import AS_JSON, complete_sandbox, open_runtime, print_json
+from jhansi_runtime.cli.opening import open_runtime
+from jhansi_runtime.cli.parameters import AS_JSON, complete_sandbox
+from jhansi_runtime.cli.records import print_json
 from jhansi_runtime.errors import InvalidRequestError, NotFoundError
 from jhansi_runtime.quantities import parse_duration
 from jhansi_runtime.rendering import printable

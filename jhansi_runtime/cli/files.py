@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from jhansi_runtime.cli.parameters import AS_JSON, SANDBOX, complete_path, open_runtime, print_json
+from jhansi_runtime.cli.opening import open_runtime
+from jhansi_runtime.cli.parameters import AS_JSON, SANDBOX, complete_path
+from jhansi_runtime.cli.records import print_json
 from jhansi_runtime.rendering import StatusLine, table
 
 __all__ = ["COMMANDS"]

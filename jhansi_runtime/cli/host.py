@@ -2,7 +2,8 @@
 
 import click
 
-from jhansi_runtime.cli.parameters import AS_JSON, print_json
+from jhansi_runtime.cli.parameters import AS_JSON
+from jhansi_runtime.cli.records import print_json
 from jhansi_runtime.rendering import table
 
 __all__ = ["COMMANDS"]
@@ -46,7 +47,8 @@ def completion_command(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class  # noqa: PLC0415 - only this needs it
 
-    from jhansi_runtime.cli import COMPLETION_VARIABLE, PROGRAM, jhansi_run  # noqa: PLC0415 - which imports this module
+    from jhansi_runtime.cli import COMPLETION_VARIABLE, PROGRAM  # noqa: PLC0415 - likewise
+    from jhansi_runtime.cli.commands import jhansi_run  # noqa: PLC0415 - which imports this module
 
     completion = get_completion_class(shell)
     if completion is None:

@@ -1,20 +1,17 @@
-"""The options and arguments that commands share, and the runtime they call."""
+"""The options and arguments that commands share."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from jhansi_runtime.cli.opening import open_runtime
 from jhansi_runtime.errors import InvalidRequestError
 from jhansi_runtime.quantities import parse_duration, parse_size
-from jhansi_runtime.rendering import StatusLine
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-
-    from jhansi_runtime.runtime import Runtime
 
 __all__ = [
     "AS_JSON",
@@ -27,48 +24,11 @@ __all__ = [
     "duration",
     "given",
     "limit_options",
-    "open_runtime",
     "pair",
-    "print_json",
     "size",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
-
-
-@contextmanager
-def open_runtime(status: StatusLine | None = None) -> Iterator["Runtime"]:
-    """The runtime of this environment; what it is busy with is shown on the status line."""
-    _load_msgspec()
-    from jhansi_runtime.engine import LauncherProcess  # noqa: PLC0415 - --help, completion and usage errors need none
-    from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
-
-    status = status or StatusLine()
-    context = click.get_current_context(silent=True)  # a shell that completes a word has none
-    launcher = LauncherProcess(context.obj if context else None)
-    try:
-        with Runtime(progress=status.show, launcher=launcher) as runtime:
-            yield runtime
-    finally:
-        status.clear()
-
-
-def _load_msgspec() -> None:
-    """Load msgspec as it is where typing_extensions is not installed: it uses it if it can, for 5 ms of every start."""
-    if "typing_extensions" in sys.modules:
-        return
-    sys.modules["typing_extensions"] = None  # type: ignore[assignment] # to the import system: there is none
-    try:
-        import msgspec  # noqa: F401, PLC0415 - --help, completion and usage errors need none
-    finally:
-        del sys.modules["typing_extensions"]
-
-
-def print_json(value: object) -> None:
-    """One JSON document, on one line that is there at once."""
-    from jhansi_runtime.spec import to_json  # noqa: PLC0415 - see open_runtime
-
-    print(to_json(value), flush=True)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

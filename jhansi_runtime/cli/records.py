@@ -1,4 +1,7 @@
-"""The file of --result: after the command it holds this exec's record, whole, or there is none."""
+"""Records as JSON for whoever called us: the document of --json, and the file of --result.
+
+After the command that file holds this exec's record, whole, or there is none.
+"""
 
 import os
 import stat
@@ -9,7 +12,14 @@ from jhansi_runtime.errors import InvalidRequestError
 if TYPE_CHECKING:
     from jhansi_runtime.spec import ExecResult
 
-__all__ = ["discard_record", "write_record"]
+__all__ = ["discard_record", "print_json", "write_record"]
+
+
+def print_json(value: object) -> None:
+    """One JSON document, on one line that is there at once."""
+    from jhansi_runtime.spec import to_json  # noqa: PLC0415 - loaded by now
+
+    print(to_json(value), flush=True)
 
 
 def discard_record(path: str) -> None:

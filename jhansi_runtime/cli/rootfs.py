@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jhansi_runtime.cli.parameters import AS_JSON, complete_language, open_runtime, print_json
+from jhansi_runtime.cli.opening import open_runtime
+from jhansi_runtime.cli.parameters import AS_JSON, complete_language
+from jhansi_runtime.cli.records import print_json
 from jhansi_runtime.quantities import size_text
 from jhansi_runtime.rendering import table
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jhansi_runtime.cli.opening import open_runtime
 from jhansi_runtime.cli.parameters import (
     AS_JSON,
     LANGUAGE,
@@ -14,10 +15,9 @@ from jhansi_runtime.cli.parameters import (
     duration,
     given,
     limit_options,
-    open_runtime,
     pair,
-    print_json,
 )
+from jhansi_runtime.cli.records import print_json
 from jhansi_runtime.errors import JhansiError
 from jhansi_runtime.quantities import duration_text, size_text
 from jhansi_runtime.rendering import printable, table

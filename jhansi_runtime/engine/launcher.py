@@ -4,7 +4,6 @@ Both offer the same two verbs, launch and reap, and a Slot does not tell them ap
 """
 
 import _thread
-import marshal
 import os
 from contextlib import suppress
 from typing import Protocol
@@ -24,6 +23,9 @@ class Launcher(Protocol):
 
     def launch(self, container: Container, channel: Channel) -> None:
         """Begin a container whose init talks over `channel`; how it goes is told there."""
+
+    def begin(self) -> None:
+        """Prepare for the next launch, if that is to be done ahead; this does not wait."""
 
     def reap(self, pid: int) -> Reaped:
         """Wait until the kernel has taken a killed container down, and return what it used."""
@@ -47,6 +49,9 @@ class InProcess:
 
         launch(container, channel)
 
+    def begin(self) -> None:
+        """See Launcher. Whoever is a launcher by the way does nothing ahead."""
+
     def reap(self, pid: int) -> Reaped:
         """See Launcher."""
         from jhansi_runtime.isolation.launch import reap  # noqa: PLC0415 - likewise
@@ -67,11 +72,13 @@ class InProcess:
 class LauncherProcess:
     """A process of its own, started at the first launch or handed over as `spawned`. May be used by several threads.
 
-    One that has died is started again at the next launch; its containers died with it.
+    One that has died is started again at the next launch; its containers died with it. ahead: as soon as a container is
+    built, another is begun for the launch to come; not for a caller who wants no more than one.
     """
 
-    def __init__(self, spawned: Spawned | None = None) -> None:
+    def __init__(self, spawned: Spawned | None = None, *, ahead: bool = True) -> None:
         self._mutex = _thread.allocate_lock()
+        self._ahead = ahead
         self._pid = -1
         self._channel: Channel | None = None
         if spawned is not None:
@@ -79,7 +86,7 @@ class LauncherProcess:
 
     def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
-        request = marshal.dumps(tuple(container))
+        request = messages.encode_container(container)
         for _ in range(_ATTEMPTS):
             with self._mutex, suppress(BrokenPipeError):
                 connection = self._channel or self._adopt(_spawn())
@@ -88,6 +95,12 @@ class LauncherProcess:
             self.close()
             self.wait()
         raise HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
+
+    def begin(self) -> None:
+        """See Launcher."""
+        with self._mutex, suppress(BrokenPipeError):
+            if self._ahead and self._channel is not None:
+                self._channel.send(messages.BEGIN)
 
     def reap(self, pid: int) -> Reaped:
         """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""

@@ -79,6 +79,7 @@ class Slot:
             self._pid, self._pidfd = messages.decode_pid(body), descriptors[0]
             return Progress.LAUNCHED
         if kind == messages.READY:
+            self._launcher.begin()  # now, while this host and init have nothing to do but wait for the job
             return Progress.READY
         if kind == messages.TERMINAL:
             return descriptors[0]

@@ -9,12 +9,14 @@ request for a container, and from then on talks to the container's init alone; i
 
 The *launcher* (launcher.py) is a fresh interpreter with one thread, an empty environment and none of the host's
 descriptors. It clones init straight into fresh user, mount, pid, net, ipc, uts and cgroup namespaces, writes init's id
-map, and reaps it in the end. A host with one thread may be its own launcher (launch.py is all there is to it).
+map, and reaps it in the end. A host with one thread may be its own launcher (launch.py is all there is to it). What is
+the same for every container the launcher can begin ahead, when the host tells it that there will be another.
 
-*init* (inside.py) is PID 1 of the container, our code, trusted. It prepares (forks the job to be, mounts, pivot_root,
-loopback, hostname), says READY and waits; an ORDER, which carries the job's three standard streams as descriptors,
-makes it bind the one workspace, detach the hidden folder of all workspaces, and hand the order on; it then reaps,
-forwards signals, ends what is left, reports the outcome and exits.
+*init* (inside.py) is PID 1 of the container, our code, trusted. It begins (forks the job to be, loopback, hostname) and
+waits for somebody to want it; told what to build, it builds (mounts, pivot_root), says READY and waits again; an ORDER,
+which carries the job's three standard streams as descriptors, makes it bind the one workspace, detach the hidden folder
+of all workspaces, and hand the order on; it then reaps, forwards signals, ends what is left, reports the outcome and
+exits.
 
 The *job* (job.py) begins as a copy of init, forked ahead, and takes everything away from itself: a further user
 namespace in which it has no capability, bounding set, no_new_privs, and once the order is there limits, every
@@ -22,7 +24,9 @@ descriptor but its three, the seccomp filter; then it calls execve. If any step 
 is reported.
 
           host              launcher               init                        job
-prepare   LAUNCH ->         clone3, id map    ->   steps of `_prepare`    ->   steps of `_prepare`
+begin     BEGIN ->          clone3, id map
+                            MAPPED           ->    steps of `_begin`      ->   steps of `_prepare`
+prepare   LAUNCH ->         LAUNCH           ->    steps of `_build`
                             <- LAUNCHED                                   <-   READY
                                               <-   READY
 wait      ORDER ------------------------------->   workspace bound, the rest hidden
@@ -31,8 +35,8 @@ run                                                ORDER                  ->   s
 exit                                          <-   EXIT; reaps, exits
           RELEASE ->        reaps
 
-A cold exec is a container that waits for nothing: its order may be sent before it is ready. A warm one waits ahead of
-its order. The steps are the same.
+A cold exec is a container that waits for nothing: its order may be sent before it is ready, and without a BEGIN all
+begins with LAUNCH. A warm one waits ahead of its order. The steps are the same.
 
 Who may be what. The outer user namespace maps one id: uid 1000 inside is the caller outside (started by root: an
 unprivileged id). init holds all capabilities over the container's own namespaces and none over the host. The job's

@@ -23,7 +23,9 @@ TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
-LAUNCH = b"l"  # host to launcher: build this container (descriptor: init's end of its channel)
+BEGIN = b"b"  # host to launcher: a container will be wanted; do what is the same for all
+LAUNCH = b"l"  # host to launcher, launcher to init: build this container (descriptor: init's end of its channel)
+MAPPED = b"m"  # launcher to init: the id map is written
 REAP = b"w"  # host to launcher: wait for this init, and tell
 RELEASE = b"q"  # host to launcher: wait for this init, which is ending by itself
 REAPED = b"e"  # launcher: it is gone, and what it used
@@ -169,6 +171,16 @@ def read_order(descriptor: int) -> Order:
     with os.fdopen(descriptor, "rb") as file:
         file.seek(0)
         return Order(*marshal.loads(file.read()))  # noqa: S302 - written by write_order, never by a job
+
+
+def encode_container(container: Container) -> bytes:
+    """Return the body of a LAUNCH message."""
+    return marshal.dumps(tuple(container))
+
+
+def decode_container(body: bytes) -> Container:
+    """Return what a LAUNCH message asks for."""
+    return Container(*marshal.loads(body))  # noqa: S302 - written by encode_container, never by a job
 
 
 def encode_outcome(outcome: Outcome) -> bytes:

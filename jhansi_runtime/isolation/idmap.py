@@ -11,6 +11,7 @@ __all__ = [
     "SANDBOX_ID",
     "allow_one_more_namespace",
     "become_sandbox",
+    "host_id_by_default",
     "map_from_parent",
     "map_self",
 ]
@@ -18,6 +19,11 @@ __all__ = [
 SANDBOX_ID = 1000
 # Whom a sandbox is outside when root starts it: an id that no system hands out (systemd's UIDS-GIDS: unused range).
 HOST_ID_FOR_ROOT = 1_900_000_000
+
+
+def host_id_by_default() -> int | None:
+    """Return whom a sandbox is outside unless something else is asked for: None stands for the caller."""
+    return HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
 
 
 def map_from_parent(pid: int, host_id: int | None) -> None:

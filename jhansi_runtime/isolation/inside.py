@@ -22,22 +22,23 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import clone3, erase
 
-__all__ = ["MAPPED", "main"]
+__all__ = ["main"]
 
 HOSTNAME = "sandbox"
-MAPPED = b"m"
 _REPORT_BYTES = 4096
 
 
-def main(container: Container, channel: Channel, mapped: int, command_line: tuple[int, int]) -> NoReturn:
+def main(launcher: Channel, host_id: int | None, command_line: tuple[int, int]) -> NoReturn:
     """Be init. Never returns: what was cloned must not run on as a second launcher.
 
-    mapped is a pipe on which MAPPED comes once the id map is written. command_line is where the launcher's arguments
-    lie in memory: anyone in the container may read /proc/1/cmdline, whatever the dumpable flag says.
+    The launcher says MAPPED when the id map is written, and LAUNCH when it knows what to build. command_line is where
+    the launcher's arguments lie in memory: anyone in the container may read /proc/1/cmdline, whatever the dumpable
+    flag says.
     """
     try:
         erase(*command_line)
-        _live(container, channel, mapped)
+        with suppress(BrokenPipeError):  # the launcher or the host is gone, and with it whoever would want to know
+            _live(launcher, host_id)
     finally:
         os._exit(0)
 
@@ -50,30 +51,60 @@ class _Waiting(NamedTuple):
     report: int
 
 
-def _live(container: Container, channel: Channel, mapped: int) -> None:
+def _live(launcher: Channel, host_id: int | None) -> None:
+    begun = _begun(launcher, host_id)
+    container, channel = _await_launch(launcher)
     try:
-        root, waiting = _prepare(container, channel, mapped)
+        if isinstance(begun, StepError):
+            raise begun
+        root = _build(container, begun)
         channel.send(messages.READY)
-        outcome = _run(root, waiting, channel)
+        outcome = _run(root, begun, channel)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
-    except BrokenPipeError:
-        return  # the launcher is gone, and with it whoever would want to know
     else:
         channel.send(messages.EXIT, messages.encode_outcome(outcome))
 
 
-def _prepare(container: Container, channel: Channel, mapped: int) -> tuple[int, _Waiting]:
-    """Build the container around this process; return a descriptor of its root, and the job that waits in it."""
+def _begun(launcher: Channel, host_id: int | None) -> _Waiting | StepError:
+    """Return what `_begin` does, or why it failed: nobody is there yet to be told."""
+    try:
+        return _begin(launcher, host_id)
+    except StepError as error:
+        return error
+
+
+def _begin(launcher: Channel, host_id: int | None) -> _Waiting:
+    """Do what is the same for every container, before anyone asks for this one; return the job that waits in it."""
     # First of all: a page that is written both before and after a fork is copied twice.
     with step("fork"):
-        waiting = _fork_job(container.host_id)
+        waiting = _fork_job(host_id)
     with step("detach from the launcher"):
-        detach((channel.fileno(), mapped, waiting.channel.fileno(), waiting.report))
-    if os.read(mapped, 1) != MAPPED:
+        detach((launcher.fileno(), waiting.channel.fileno(), waiting.report))
+    if launcher.receive()[0] != messages.MAPPED:
         raise BrokenPipeError
     with suppress(BrokenPipeError):  # it has failed already; _await_job tells how
         waiting.channel.send(messages.READY)
+    with step("loopback"):
+        net.loopback_up()
+    with step("hostname"):
+        _socket.sethostname(HOSTNAME)
+    return waiting
+
+
+def _await_launch(launcher: Channel) -> tuple[Container, Channel]:
+    """Wait until somebody wants the container, and return what is to be built and the channel to whoever wants it."""
+    kind = messages.MAPPED
+    while kind == messages.MAPPED:  # not read yet, should a step have failed before
+        kind, body, descriptors = launcher.receive()
+    if kind != messages.LAUNCH:
+        raise BrokenPipeError
+    launcher.close()
+    return messages.decode_container(body), Channel.of(descriptors[0])
+
+
+def _build(container: Container, waiting: _Waiting) -> int:
+    """Build the container around this process and the job that waits in it; return a descriptor of its root."""
     with step("sources"):
         # Before the ids change: started by root, only root's own id may reach what lies in root's folders.
         sources = mounts.open_sources(container.tree, container.workspaces, container.binds)
@@ -93,11 +124,7 @@ def _prepare(container: Container, channel: Channel, mapped: int) -> tuple[int, 
     with step("pivot_root"):
         # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
-    with step("loopback"):
-        net.loopback_up()
-    with step("hostname"):
-        _socket.sethostname(HOSTNAME)
-    return root, waiting
+    return root
 
 
 def _fork_job(host_id: int | None) -> _Waiting:

@@ -1,9 +1,13 @@
-"""The launcher's side of a container: clone init, map its ids, and hold what is needed to talk to it and to end it."""
+"""The launcher's side of a container: clone init, map its ids, and hand it to whoever wants a container.
+
+What is the same for every container can be done before anyone asks: `begin` one ahead, and `launch` takes it.
+"""
 
 import errno
 import os
 import signal
 from functools import cache
+from typing import NamedTuple
 
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import idmap, inside
@@ -21,20 +25,82 @@ from jhansi_runtime.isolation.syscalls import (
     command_line_span,
 )
 
-__all__ = ["NAMESPACES", "launch", "reap"]
+__all__ = ["NAMESPACES", "Begun", "begin", "end", "launch", "reap"]
 
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
 
 
-def launch(container: Container, channel: Channel) -> None:
-    """Begin a container whose init talks over `channel`: LAUNCHED with its pid and pidfd, or FAILED, comes first there.
+class Begun(NamedTuple):
+    """A container of which nobody knows yet what is to be in it: its init, how to talk to it, and as whom it lives."""
+
+    pid: int
+    pidfd: int
+    init: Channel
+    host_id: int | None
+
+
+def begin(host_id: int | None) -> Begun:
+    """Clone an init, which prepares as far as it can and waits. StepError when the kernel refuses.
 
     Whoever calls this must have one thread, must reap the pid, and takes the container along when it dies.
     """
+    with step("one thread"):
+        _require_one_thread()
+    command_line = _command_line()
+    with step("channel"):
+        ours, theirs = messages.pair()
+    begun = None
     try:
-        _clone(container, channel)
+        with step("namespaces"):
+            pid, pidfd = clone3(NAMESPACES)
+        if pid == 0:
+            inside.main(theirs, host_id, command_line)
+        begun = Begun(pid, pidfd, ours, host_id)
+        with step("id map"):
+            idmap.map_from_parent(pid, host_id)
+            ours.send(messages.MAPPED)
+    except StepError:
+        if begun is None:
+            ours.close()
+        else:
+            end(begun)
+        raise
+    finally:
+        theirs.close()
+    return begun
+
+
+def launch(container: Container, channel: Channel, begun: Begun | None = None) -> None:
+    """Have a container built whose init talks over `channel`: LAUNCHED with its pid and pidfd, or FAILED, comes first.
+
+    begun is one to take, if it will do. Conditions are those of `begin`.
+    """
+    if begun is not None and not _is_fit(begun, container):
+        end(begun)
+        begun = None
+    try:
+        begun = begun or begin(container.host_id)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
+        return
+    try:
+        channel.send(messages.LAUNCHED, messages.encode_pid(begun.pid), (begun.pidfd,))
+    except BrokenPipeError:  # whoever wanted it has given it up already
+        end(begun)
+        raise
+    try:
+        begun.init.send(messages.LAUNCH, messages.encode_container(container), (channel.fileno(),))
+    finally:  # should it have died this very moment: the channel closes, and whoever wanted it has it reaped
+        begun.init.close()
+        os.close(begun.pidfd)
+
+
+def end(begun: Begun) -> None:
+    """End a container that nobody wants, and return when the kernel has taken it down."""
+    signal.pidfd_send_signal(begun.pidfd, signal.SIGKILL)
+    os.waitpid(begun.pid, 0)
+    os.close(begun.pidfd)
+    begun.init.close()
 
 
 def reap(pid: int) -> Reaped:
@@ -43,30 +109,10 @@ def reap(pid: int) -> Reaped:
     return Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def _clone(container: Container, channel: Channel) -> None:
-    with step("one thread"):
-        _require_one_thread()
-    command_line = _command_line()
-    with step("channel"):
-        readable, writable = os.pipe2(os.O_CLOEXEC)
-    pid = pidfd = -1
-    begun = False
-    try:
-        with step("namespaces"):
-            pid, pidfd = clone3(NAMESPACES)
-        if pid == 0:
-            inside.main(container, channel, readable, command_line)
-        with step("id map"):
-            idmap.map_from_parent(pid, container.host_id)
-            channel.send(messages.LAUNCHED, messages.encode_pid(pid), (pidfd,))
-            os.write(writable, inside.MAPPED)
-        begun = True
-    finally:
-        os.close(readable)
-        os.close(writable)
-        if not begun:
-            _end(pid, pidfd)
-    os.close(pidfd)
+def _is_fit(begun: Begun, container: Container) -> bool:
+    """Say whether it lives, and as whom it should; it is not reaped yet if not."""
+    has_ended = os.waitid(os.P_PID, begun.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return begun.host_id == container.host_id and not has_ended
 
 
 @cache
@@ -79,10 +125,3 @@ def _require_one_thread() -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise OSError(errno.EDEADLK, f"this process has {threads} threads, and a container is cloned from one alone")
-
-
-def _end(pid: int, pidfd: int) -> None:
-    if pid > 0:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(pidfd)

@@ -11,7 +11,11 @@ from typing import NamedTuple
 __all__ = ["CONNECTION", "Spawned", "spawn"]
 
 CONNECTION = 3  # the launcher's descriptor of its end of the socket
-_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from jhansi_runtime.isolation.launcher import main; main()"
+_PROGRAM = """import sys
+ahead, *sys.path[:] = sys.argv[1:]
+from jhansi_runtime.isolation.launcher import main
+main(ahead=bool(ahead))
+"""
 
 
 class Spawned(NamedTuple):
@@ -21,8 +25,11 @@ class Spawned(NamedTuple):
     socket: _socket.socket
 
 
-def spawn() -> Spawned:
-    """Start a launcher. It ends when our end of the socket is closed, and every container of its with it."""
+def spawn(*, ahead: bool = False) -> Spawned:
+    """Start a launcher. It ends when our end of the socket is closed, and every container of its with it.
+
+    ahead: it begins a container at once, for the launch that is to come.
+    """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         # Isolated from the environment and from site's start-up files. It finds modules where we do, but for the
@@ -32,7 +39,7 @@ def spawn() -> Spawned:
             *((os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(CONNECTION)),
             (os.POSIX_SPAWN_DUP2, theirs.fileno(), CONNECTION),
         ]
-        argv = [sys.executable, "-I", "-S", "-c", _PROGRAM, *path]
+        argv = [sys.executable, "-I", "-S", "-c", _PROGRAM, "ahead" if ahead else "", *path]
         # A session of its own: a terminal's ^C is for whoever started it, who tells the job.
         pid = os.posix_spawn(sys.executable, argv, {}, file_actions=actions, setsid=True)
     except OSError:

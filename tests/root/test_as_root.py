@@ -167,7 +167,7 @@ mounts.mount_setattr = lambda mount, flags, **options: genuine(mount, flags & ~s
 
 def opening(environment, folder, path, taken_out, **options):
     """What the job got from opening the path, with a step taken out by a line of Python."""
-    main = "import jhansi_runtime.engine as engine; engine.LauncherProcess = lambda _: engine.InProcess()\n"
+    main = "import jhansi_runtime.engine as engine; engine.LauncherProcess = lambda *_, **__: engine.InProcess()\n"
     main += "from jhansi_runtime.__main__ import main; main()"
     words = ["run", "--rootfs", "host", "--workspace", folder, folder / "opening.py", path]
     argv = [sys.executable, "-c", f"{taken_out}\n{main}", *words]

@@ -1,0 +1,44 @@
+"""The runtime that the commands call, opened late: --help, completion and a usage error need none."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jhansi_runtime.rendering import StatusLine
+
+if TYPE_CHECKING:
+    from jhansi_runtime.isolation.spawn import Spawned
+    from jhansi_runtime.runtime import Runtime
+
+__all__ = ["open_runtime"]
+
+
+@contextmanager
+def open_runtime(status: StatusLine | None = None, *, spawned: "Spawned | None" = None) -> Iterator["Runtime"]:
+    """The runtime of this environment; what it is busy with is shown on the status line.
+
+    spawned is a launcher started ahead, if any.
+    """
+    _load_msgspec()
+    from jhansi_runtime.engine import LauncherProcess  # noqa: PLC0415 - after it
+    from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
+
+    status = status or StatusLine()
+    launcher = LauncherProcess(spawned, ahead=False)
+    try:
+        with Runtime(progress=status.show, launcher=launcher) as runtime:
+            yield runtime
+    finally:
+        status.clear()
+
+
+def _load_msgspec() -> None:
+    """Load msgspec as it is where typing_extensions is not installed: it uses it if it can, for 5 ms of every start."""
+    if "typing_extensions" in sys.modules:
+        return
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment] # to the import system: there is none
+    try:
+        import msgspec  # noqa: F401, PLC0415 - see open_runtime
+    finally:
+        del sys.modules["typing_extensions"]
