@@ -18,12 +18,12 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import IO, NamedTuple, Protocol, Self
+from typing import IO, NamedTuple, Protocol, Self, cast
 
 from jhansi_runtime.errors import DiskLimitError, HostileArchiveError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.isolation.syscalls import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 
-__all__ = ["ByteReader", "Limits", "Unpacked", "open_archive", "unpack"]
+__all__ = ["ByteReader", "Limits", "Unpacked", "decompressed", "open_archive", "unpack"]
 
 _CHUNK = 1 << 18
 # The parser holds long names and PAX records in memory, so what may stand between two contents is bounded.
@@ -31,6 +31,7 @@ _HEADER_BYTES = 1 << 20
 # What a decompressor may be made to allocate: `xz -9` and `zstd --ultra -22` ask for no more.
 _WINDOW_BYTES = 1 << 27
 _LATEST_MTIME = 1 << 33  # the year 2242: a filesystem may refuse later instants
+_MAGIC_BYTES = 6
 _INERT_NAMED = 20
 _SHOWN_CHARACTERS = 200
 
@@ -78,19 +79,46 @@ def open_archive(path: str) -> Iterator[ByteReader]:
     except OSError as error:
         raise NotFoundError(f"cannot read the archive {path}: {error.strerror}") from None
     with file:
-        yield _decompressed(file, path)
+        yield decompressed(file, path)
 
 
-def unpack(source: ByteReader, tree: int, *, limits: Limits | None = None, world_readable: bool = False) -> Unpacked:
+def decompressed(source: ByteReader, name: str) -> ByteReader:
+    """Return the plain tar in a stream, compressed or not as its first bytes tell. It need not be able to seek.
+
+    InvalidRequestError, which calls it `name`, when it is compressed in a way that is not known here.
+    """
+    whole = _WholeReads(source)
+    magic = whole.peek(_MAGIC_BYTES)
+    file = cast("IO[bytes]", whole)  # each of these asks read() alone of it, which typeshed does not know
+    if magic.startswith(b"\x1f\x8b"):
+        return _gzip_reader(file)
+    if magic == b"\xfd7zXZ\0":
+        return _xz_reader(file)
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+        return _zstd_reader(file)
+    if magic.startswith((b"BZh", b"PK\x03\x04")):
+        raise InvalidRequestError(f"not a .tar, .tar.gz, .tar.xz or .tar.zst: {name}", remedy="repack it as one")
+    return whole
+
+
+def unpack(
+    source: ByteReader,
+    tree: int,
+    *,
+    limits: Limits | None = None,
+    world_readable: bool = False,
+    keep_modes: bool = False,
+) -> Unpacked:
     """Unpack a plain tar, read to its very end, beneath the directory that the descriptor `tree` names.
 
-    world_readable lets every user read all of it (chmod a+rX). In any case the owner may read and write everything,
-    and nobody else may write. Errors name the member: HostileArchiveError as in the module's first lines,
+    The owner may read and write everything, and nobody else may write; world_readable lets every user read all of it
+    (chmod a+rX). With keep_modes the permissions are the archive's instead, but for a directory, which its owner may
+    always enter and fill. Errors name the member: HostileArchiveError as in the module's first lines,
     InvalidRequestError for an archive that is damaged or cut short, DiskLimitError when the disk is full.
     """
     limits = limits or Limits()
     members = contents = 0
-    with _Tree(tree, limits, world_readable=world_readable) as place:
+    with _Tree(tree, limits, world_readable=world_readable, keep_modes=keep_modes) as place:
         for archive, member in _members(source, limits):
             members += 1
             contents += member.size if member.isreg() else 0
@@ -108,18 +136,26 @@ def unpack(source: ByteReader, tree: int, *, limits: Limits | None = None, world
 # --- decompression ----------------------------------------------------------------------------------------
 
 
-def _decompressed(file: IO[bytes], path: str) -> ByteReader:
-    magic = file.read(6)
-    file.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-        return _gzip_reader(file)
-    if magic == b"\xfd7zXZ\0":
-        return _xz_reader(file)
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
-        return _zstd_reader(file)
-    if magic.startswith((b"BZh", b"PK\x03\x04")):
-        raise InvalidRequestError(f"not a .tar, .tar.gz, .tar.xz or .tar.zst: {path}", remedy="repack it as one")
-    return file
+class _WholeReads:
+    """A stream whose read() gives fewer bytes than asked for at its end alone, as gzip.GzipFile relies on."""
+
+    def __init__(self, source: ByteReader) -> None:
+        self._source = source
+        self._ahead = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return what the next read() of that size will."""
+        self._ahead = self.read(size)
+        return self._ahead
+
+    def read(self, size: int, /) -> bytes:
+        """`size` bytes; fewer only at the end."""
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        parts, missing = [data], size - len(data)
+        while missing and (part := self._source.read(missing)):
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
 
 
 class _Checked:
@@ -270,12 +306,13 @@ def _damaged(error: Exception) -> InvalidRequestError:
 class _Tree:
     """The directory being filled. Holds one open descriptor: that of the last member's parent."""
 
-    def __init__(self, root: int, limits: Limits, *, world_readable: bool) -> None:
+    def __init__(self, root: int, limits: Limits, *, world_readable: bool, keep_modes: bool) -> None:
         self.inert: list[str] = []
         self.inert_count = 0
         self._root = root
         self._limits = limits
         self._world_readable = world_readable
+        self._keep_modes = keep_modes
         self._parent_path: _Path | None = None
         self._parent_fd = -1
 
@@ -413,6 +450,8 @@ class _Tree:
             self._parent_fd = -1
 
     def _permissions(self, mode: int) -> int:
+        if self._keep_modes:
+            return mode & 0o777
         mode = mode & 0o755 | 0o600
         if self._world_readable:
             mode |= 0o044 | (0o111 if mode & 0o111 else 0)

@@ -20,18 +20,22 @@ from jhansi_runtime.errors import InvalidRequestError
 from jhansi_runtime.isolation.syscalls import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
 __all__ = [
+    "Draft",
     "Entry",
     "Kind",
     "chunks",
     "closing",
     "copy_file",
     "copy_folder",
+    "drafting",
     "kind_of",
     "make_directories",
     "make_directory",
+    "nearest_directory",
     "obstacle",
     "open_directory",
     "open_path",
+    "publish",
     "remove",
     "reopen",
     "replacing",
@@ -75,6 +79,14 @@ class Entry(NamedTuple):
     closed: str = ""
 
 
+class Draft(NamedTuple):
+    """A file that is being made: open for writing as `fd`, under `name` in a folder, or "" where it needs none yet."""
+
+    fd: int
+    folder: int
+    name: str
+
+
 def kind_of(status: os.stat_result) -> Kind:
     """What kind of file it is."""
     return _KINDS[stat.S_IFMT(status.st_mode)]
@@ -106,6 +118,17 @@ def open_path(top: int, path: str, *, follow: bool) -> int:
 def open_directory(top: int, path: str) -> int:
     """O_PATH descriptor of the folder `path` beneath `top`. ELOOP for any link, ENOTDIR for what is no folder."""
     return openat2(top, path or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH | RESOLVE_NO_SYMLINKS)
+
+
+def nearest_directory(top: int, path: str) -> int:
+    """O_PATH descriptor of the folder `path` beneath `top` or, where that is missing, of the nearest one above it."""
+    while True:
+        try:
+            return open_directory(top, path)
+        except FileNotFoundError:
+            if not path:
+                raise
+            path = os.path.dirname(path)
 
 
 def reopen(handle: int) -> int:
@@ -237,22 +260,71 @@ def make_directory(parent: int, name: str, owner: int | None) -> int:
 def replacing(parent: int, name: str, owner: int | None, mode: int) -> Iterator[int]:
     """A new file to write to, which takes the place of `name` when the block ends, and is gone if it fails.
 
-    Nobody ever sees half of it under that name; until then it is `.jhansi-` and sixteen digits, in the same folder.
+    Nobody ever sees half of it under that name.
     """
-    temporary = f".jhansi-{os.urandom(8).hex()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with closing(os.open(temporary, flags, 0o600, dir_fd=parent)) as fd:
+    with drafting(parent, owner, mode) as draft:
+        yield draft.fd
+        publish(draft, parent, name)
+
+
+@contextmanager
+def drafting(folder: int, owner: int | None, mode: int) -> Iterator[Draft]:
+    """Within: a new file to write to, on the disk of `folder`, which is gone at the end unless it was published.
+
+    It has no name (open(2), O_TMPFILE), so nobody else reaches it, and it goes with a process that is killed. On a
+    file system that knows no such files it is `.jhansi-` and sixteen digits in the folder.
+    """
+    flags, name = os.O_WRONLY | os.O_CLOEXEC, ""
+    try:
+        fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        name = _temporary_name()
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+    with closing(fd):
         try:
             _settle(fd, owner, mode)
-            yield fd
+            yield Draft(fd, folder, name)
+        finally:
+            if name:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)
+
+
+def publish(draft: Draft, parent: int, name: str, *, replace: bool = True) -> None:
+    """Give a draft its name in a folder of the same disk, whole and at once.
+
+    FileExistsError when something has that name already and it is not to be replaced.
+    """
+    if draft.name and replace:
+        os.rename(draft.name, name, src_dir_fd=draft.folder, dst_dir_fd=parent)
+        return
+    if draft.name:
+        os.link(draft.name, name, src_dir_fd=draft.folder, dst_dir_fd=parent, follow_symlinks=False)
+        return
+    nameless = f"/proc/self/fd/{draft.fd}"
+    try:
+        os.link(nameless, name, dst_dir_fd=parent)
+    except FileExistsError:
+        if not replace:
+            raise
+        # linkat(2) replaces nothing, and rename(2) takes nothing without a name.
+        temporary = _temporary_name()
+        os.link(nameless, temporary, dst_dir_fd=parent)
+        try:
             os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=parent)
 
 
+def _temporary_name() -> str:
+    return f".jhansi-{os.urandom(8).hex()}"
+
+
 def _make_link(parent: int, name: str, target: str, owner: int | None) -> None:
-    temporary = f".jhansi-{os.urandom(8).hex()}"
+    temporary = _temporary_name()
     os.symlink(target, temporary, dir_fd=parent)
     try:
         if owner is not None:

@@ -11,6 +11,11 @@ JhansiError                 125  500
  |   +- ProgramMissingError 127  404   the file to run is not there
  +- NotExecutableError      126  422   the file to run is a directory, a FIFO, a link that leads out ...
  +- ConflictError           125  409   a name that is taken, a sandbox that is in use
+ |   +- PreconditionFailedError 125  412   a file that is not, or not any more, as the writer thinks
+ +- AccessError             125  403   the caller may not do this
+ |   +- UnauthenticatedError 125  401   nobody knows who the caller is: no key, or one that does not count
+ +- BusyError               125  429   too much at once; to be tried again
+ +- TooLargeError           125  413   more than is taken at once
  +- HostError               125  503   this host cannot isolate, or a step of isolation failed
  +- RootfsError             125  503   a rootfs cannot be built, imported or trusted
  +- DiskLimitError          125  507   no room for what was asked
@@ -20,7 +25,9 @@ JhansiError                 125  500
 from typing import ClassVar
 
 __all__ = [
+    "AccessError",
     "AuditError",
+    "BusyError",
     "ConflictError",
     "DiskLimitError",
     "HostError",
@@ -29,9 +36,12 @@ __all__ = [
     "JhansiError",
     "NotExecutableError",
     "NotFoundError",
+    "PreconditionFailedError",
     "ProgramMissingError",
     "RootfsError",
     "StepFailedError",
+    "TooLargeError",
+    "UnauthenticatedError",
 ]
 
 
@@ -86,6 +96,40 @@ class ConflictError(JhansiError):
     """The state of things does not allow it: a name taken, a sandbox in use."""
 
     http_status = 409
+
+
+class AccessError(JhansiError):
+    """The caller is known, and may not do this."""
+
+    http_status = 403
+
+
+class UnauthenticatedError(AccessError):
+    """A key is needed, and there is none, or it is not valid."""
+
+    http_status = 401
+
+
+class BusyError(JhansiError):
+    """More is under way than may be at once. Nothing was done; retry_after is in seconds."""
+
+    http_status = 429
+
+    def __init__(self, message: str, *, retry_after: float, remedy: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after = retry_after
+
+
+class PreconditionFailedError(ConflictError):
+    """A file is not in the state in which alone it was to be replaced (RFC 9110, section 13.1)."""
+
+    http_status = 412
+
+
+class TooLargeError(JhansiError):
+    """What was sent is larger than is taken."""
+
+    http_status = 413
 
 
 class HostError(JhansiError):

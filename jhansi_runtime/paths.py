@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jhansi_runtime.errors import InvalidRequestError
 
-__all__ = ["Paths", "shipped"]
+__all__ = ["Paths", "api_key", "shipped"]
 
 
 class Paths(NamedTuple):
@@ -52,9 +52,24 @@ class Paths(NamedTuple):
         return os.path.join(self.home, "runs")
 
     @property
+    def keys(self) -> str:
+        """The API keys: their digests, never a secret."""
+        return os.path.join(self.home, "keys.json")
+
+    @property
+    def detached(self) -> str:
+        """The detached runs: for each a folder with its output and its result."""
+        return os.path.join(self.home, "detached")
+
+    @property
     def cache(self) -> str:
         """What can be made again: compiled seccomp profiles."""
         return os.path.join(self.home, "cache")
+
+
+def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key that a client sends (JHANSI_API_KEY), None without one. Not a path; but only this module may read it."""
+    return environ.get("JHANSI_API_KEY") or None
 
 
 def shipped(folder: str) -> str:

@@ -30,7 +30,7 @@ from msgspec import Struct
 
 from jhansi_runtime import tree as trees
 from jhansi_runtime.errors import ConflictError, DiskLimitError, InvalidRequestError, NotFoundError, RootfsError
-from jhansi_runtime.spec import Recipe, RootfsInfo, from_builtins, from_json, to_json
+from jhansi_runtime.spec import Language, Recipe, RootfsInfo, from_builtins, from_json, to_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,6 +184,15 @@ class RootfsStore:
         """Languages that have a recipe."""
         files = os.listdir(self._recipes) if os.path.isdir(self._recipes) else []
         return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+
+    def language_infos(self) -> list[Language]:
+        """Every language that has a recipe, with the digest of its rootfs if there is one."""
+        digests = {info.language: info.digest for info in self.infos()}
+        recipes = [self._recipe(language) for language in self.languages()]
+        return [
+            Language(language=recipe.language, extensions=recipe.extensions, rootfs=digests.get(recipe.language))
+            for recipe in recipes
+        ]
 
     # --- records ---
 

@@ -4,16 +4,17 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from jhansi_runtime.audit import AuditLog
+from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine import Launcher, LauncherProcess, Streams
-from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
+from jhansi_runtime.errors import ConflictError, HostError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
@@ -22,14 +23,26 @@ from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
 from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
 from jhansi_runtime.settings import load
-from jhansi_runtime.spec import ExecRequest, ExecResult, FileInfo, Limits, RootfsInfo, Sandbox
-from jhansi_runtime.workspace import Workspace
+from jhansi_runtime.spec import (
+    ExecRequest,
+    ExecResult,
+    FileInfo,
+    Language,
+    Limits,
+    RootfsChoice,
+    RootfsInfo,
+    Sandbox,
+    SandboxChange,
+)
+from jhansi_runtime.workspace import Opened, Upload, Workspace, Written
+
+if TYPE_CHECKING:
+    from jhansi_runtime.archive import ByteReader, Unpacked
 
 __all__ = ["Runtime"]
 
 _PATHS_IN_A_RECORD = 100
-
-RootfsChoice = Literal["recipe", "host"]
+_PROBE_SECONDS = 10.0
 
 
 class Runtime:
@@ -51,6 +64,7 @@ class Runtime:
         self.audit = AuditLog(self.paths.audit, fsync=load(self.paths.config).audit.fsync)
         self._progress = progress or _silent
         self._actor = f"uid:{os.getuid()}"
+        self._owner: str | None = None
         self._host_id = HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
         self._sandboxes = Sandboxes(self.paths.workspaces, owner=self._host_id)
         self._rootfs = RootfsStore(self.paths.rootfs, shipped("rootfs"))
@@ -73,6 +87,16 @@ class Runtime:
         self.audit.close()
         self._launcher.wait()
 
+    def on_behalf_of(self, actor: str, *, owner: str | None) -> "Runtime":
+        """This runtime as somebody else uses it, who need not close it.
+
+        actor is who acts, for the audit log; owner whom new sandboxes belong to, and those of others are not there.
+        owner None sees all.
+        """
+        other = Runtime.__new__(Runtime)
+        vars(other).update(vars(self), _actor=actor, _owner=owner)
+        return other
+
     # --- sandboxes ---
 
     def create(
@@ -84,30 +108,41 @@ class Runtime:
         ttl: float | None = None,
         limits: Mapping[str, float] | None = None,
         rootfs: RootfsChoice = "recipe",
+        idempotency_key: str | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
 
+        What was created with the same idempotency_key before, and is still there, is returned instead.
         InvalidRequestError names what is wrong with a value, NotFoundError an unknown language, ConflictError a name
         that is taken.
         """
         if language not in self._rootfs.languages():
             known = ", ".join(self._rootfs.languages())
             raise NotFoundError(f"no recipe for the language {language!r}", remedy=f"take one of: {known}")
-        sandbox = self._sandboxes.create(
-            language=language,
-            name=name,
-            labels=labels or {},
-            ttl=ttl,
-            limits=Limits().changed(limits or {}),
-            rootfs=rootfs,
-        )
+        wanted: dict[str, Any] = {
+            "language": language,
+            "name": name,
+            "labels": dict(labels or {}),
+            "limits": Limits().changed(limits or {}),
+            "rootfs": rootfs,
+        }
+        # The id follows from the key: who comes second, be it in another process, finds what the first has made.
+        derived = None if idempotency_key is None else _derived_id(self._actor, idempotency_key)
+        if derived is not None and (made := self._made_before(derived, wanted)):
+            return made
+        try:
+            sandbox = self._sandboxes.create(**wanted, ttl=ttl, owner=self._owner, sandbox_id=derived)
+        except ConflictError:
+            if derived is not None and (made := self._made_before(derived, wanted)):
+                return made
+            raise
         self._record("sandbox.create", sandbox.id, language=language, name=name, labels=dict(sandbox.labels))
         return sandbox
 
     def sandboxes(self, labels: Mapping[str, str] | None = None) -> list[Sandbox]:
         """Every sandbox that has all these labels, oldest first."""
         wanted = (labels or {}).items()
-        return [sandbox for sandbox in self._sandboxes.list() if wanted <= sandbox.labels.items()]
+        return [sandbox for sandbox in self._sandboxes.list(owner=self._owner) if wanted <= sandbox.labels.items()]
 
     def damaged(self) -> list[JhansiError]:
         """What is wrong with each sandbox whose metadata cannot be read; sandboxes() leaves these out."""
@@ -115,11 +150,21 @@ class Runtime:
 
     def sandbox(self, reference: str) -> Sandbox:
         """The sandbox with this id, unique prefix of an id, or name. NotFoundError when there is none."""
-        return self._sandboxes.find(reference)
+        return self._sandboxes.find(reference, owner=self._owner)
+
+    def change(self, reference: str, changes: SandboxChange) -> Sandbox:
+        """Change what is given of a sandbox's settings, and return them all. ConflictError when the name is taken."""
+        sandbox = self.sandbox(reference)
+        given = {name: value for name, value in structs.asdict(changes).items() if value is not UNSET}
+        if "limits" in given:
+            given["limits"] = sandbox.limits.changed(given["limits"])
+        changed = self._sandboxes.change(sandbox.id, **given)
+        self._record("sandbox.update", sandbox.id, changed=sorted(given))
+        return changed
 
     def remove(self, reference: str) -> Sandbox:
         """Remove a sandbox and all its files. ConflictError while an exec is under way in it."""
-        sandbox = self._sandboxes.remove(reference)
+        sandbox = self._sandboxes.remove(self.sandbox(reference).id)
         self._record("sandbox.delete", sandbox.id, name=sandbox.name)
         return sandbox
 
@@ -149,14 +194,84 @@ class Runtime:
         """Write one file of the workspace, atomically; folders on the way are made."""
         sandbox = self.sandbox(reference)
         with self._sandboxes.hold(sandbox.id) as workspace:
-            written = workspace.write(path, [content])
+            written = workspace.write(path, [content]).info
         self._record_files("files.write", sandbox.id, [written])
         return written
+
+    def store(
+        self,
+        reference: str,
+        path: str,
+        chunks: Iterable[bytes],
+        *,
+        mode: int | None = None,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> Written:
+        """Write one file of the workspace as it comes, atomically; Workspace.write says what the conditions are."""
+        with self.receiving(reference, path, mode=mode, if_match=if_match, if_none_match=if_none_match) as upload:
+            for chunk in chunks:
+                upload.add(chunk)
+            return upload.publish()
+
+    @contextmanager
+    def receiving(
+        self,
+        reference: str,
+        path: str,
+        *,
+        mode: int | None = None,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> Iterator[Upload]:
+        """Within: one file of the workspace on its way in, as `store` does it, for a caller who has it bit by bit."""
+        sandbox = self.sandbox(reference)
+        conditions: dict[str, Any] = {"mode": mode, "if_match": if_match, "if_none_match": if_none_match}
+        with self._sandboxes.hold(sandbox.id) as workspace, workspace.receive(path, **conditions) as upload:
+
+            def publish() -> Written:
+                written = upload.publish()
+                self._record_files("files.write", sandbox.id, [written.info])
+                return written
+
+            yield Upload(upload.add, publish)
 
     def read(self, reference: str, path: str) -> bytes:
         """The content of one file of the workspace."""
         with self._sandboxes.hold(self.sandbox(reference).id) as workspace:
             return b"".join(workspace.read(path))
+
+    @contextmanager
+    def opened(self, reference: str, path: str) -> Iterator[Opened]:
+        """Within: one file of the workspace, to be read in pieces. The sandbox cannot be removed meanwhile."""
+        with self._sandboxes.hold(self.sandbox(reference).id) as workspace, workspace.open(path) as opened:
+            yield opened
+
+    def remove_file(self, reference: str, path: str) -> None:
+        """Remove a file of the workspace, or a folder with all that is in it."""
+        sandbox = self.sandbox(reference)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            workspace.remove(path)
+        self._record("files.delete", sandbox.id, paths=[path])
+
+    def archive(self, reference: str) -> Generator[bytes, None, None]:
+        """All of the workspace as a tar, in pieces. The sandbox cannot be removed until the last is taken."""
+        return self._archived(self.sandbox(reference).id)
+
+    def unarchive(self, reference: str, source: "ByteReader") -> "Unpacked":
+        """Unpack a tar, plain or compressed, into the workspace; Workspace.unarchive says how. All or nothing."""
+        sandbox = self.sandbox(reference)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            unpacked = workspace.unarchive(source)
+        self._record(
+            "files.write",
+            sandbox.id,
+            archive=True,
+            files=unpacked.members,
+            bytes=unpacked.contents,
+            left_out=unpacked.inert_count,
+        )
+        return unpacked
 
     def get(self, reference: str, path: str, output: str) -> int:
         """Copy a file or folder of the workspace to the host; return the bytes copied."""
@@ -168,13 +283,18 @@ class Runtime:
         with self._sandboxes.hold(self.sandbox(reference).id) as workspace:
             return list(workspace.files(directory, recursive=recursive))
 
+    def _archived(self, sandbox_id: str) -> Generator[bytes, None, None]:
+        with self._sandboxes.hold(sandbox_id) as workspace:
+            yield from workspace.archive()
+
     # --- execs ---
 
-    def exec(self, request: ExecRequest, streams: Streams | None = None) -> ExecResult:
+    def exec(self, request: ExecRequest, streams: Streams | None = None, *, run_id: str | None = None) -> ExecResult:
         """Run a file of a sandbox's workspace, or a program of its rootfs, in a fresh container.
 
         Without streams, stdin is request.stdin and the output is in the result. A program that fails is a result; what
-        raises is a failure to run it: ProgramMissingError, NotExecutableError, InvalidRequestError, HostError.
+        raises is a failure to run it: ProgramMissingError, NotExecutableError, InvalidRequestError, HostError. A caller
+        who has to know the run_id before the end gives one of new_run_id's.
         """
         sandbox = self.sandbox(request.sandbox)
         with self._sandboxes.hold(sandbox.id) as workspace:
@@ -185,7 +305,7 @@ class Runtime:
                 files=workspace,
                 host_id=self._host_id,
             )
-            run_id = new_run_id()
+            run_id = run_id or new_run_id()
             with self._runs.begin(run_id, {"sandbox_id": sandbox.id}) as run:
                 limits = sandbox.limits.changed(request.limits)
                 request = structs.replace(request, rootfs=request.rootfs or sandbox.rootfs)
@@ -219,7 +339,32 @@ class Runtime:
             named = _named(request, _inside(workspace, file))
             return self._perform(run, run_id, place, language, limits, named, streams)
 
+    def check(self, request: ExecRequest) -> Sandbox:
+        """Raise what exec would raise before it comes to a container: no such sandbox or file, a limit out of range."""
+        sandbox = self.sandbox(request.sandbox)
+        sandbox.limits.changed(request.limits)
+        with self._sandboxes.hold(sandbox.id) as workspace:
+            find_program(request, workspace)
+        return sandbox
+
+    def probe(self) -> None:
+        """Run a program of the host's in a container as any other. HostError says why that cannot be."""
+        run_id = new_run_id()
+        request = ExecRequest(sandbox="", command=["/bin/true"], rootfs="host", limits={"timeout": _PROBE_SECONDS})
+        language = self._rootfs.languages()[0]
+        with (
+            self._runs.begin(run_id, {"ephemeral": run_id}) as run,
+            self._ephemeral_place(run_id, language, None) as place,
+        ):
+            result = self._perform(run, run_id, place, language, Limits().changed(request.limits), request, None)
+        if result.exit_code != 0:
+            raise HostError(f"a program that does nothing {result.message}", remedy="run: jhansi-run doctor")
+
     # --- rootfs ---
+
+    def languages(self) -> list[Language]:
+        """Every language that has a recipe, and the rootfs it has, if there is one already."""
+        return self._rootfs.language_infos()
 
     def rootfs_infos(self) -> list[RootfsInfo]:
         """Every rootfs that was built or imported."""
@@ -247,6 +392,17 @@ class Runtime:
         self._record("rootfs.remove", None, language=language, rootfs=info.digest)
         return info
 
+    # --- audit ---
+
+    def records(
+        self, *, sandbox: str | None = None, run_id: str | None = None, since: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Audit records in order. An owner sees those of what it did, and of what happened in sandboxes it has."""
+        owned = None if self._owner is None else {one.id for one in self.sandboxes()}
+        for record in self.audit.records(sandbox_id=sandbox, run_id=run_id, since=since):
+            if owned is None or record["actor"] == self._actor or record["sandbox_id"] in owned:
+                yield record
+
     # --- within ---
 
     def _perform(
@@ -270,11 +426,12 @@ class Runtime:
         return self._rootfs.open(language, progress=self._progress)
 
     @contextmanager
-    def _ephemeral_place(self, run_id: str, language: str, file: str) -> Iterator[Place]:
+    def _ephemeral_place(self, run_id: str, language: str, file: str | None) -> Iterator[Place]:
         self._sandboxes.create(language=language, limits=Limits(), ephemeral=run_id)
         try:
             with self._sandboxes.hold(run_id) as workspace:
-                workspace.put(file, "")
+                if file is not None:
+                    workspace.put(file, "")
                 path = self._sandboxes.workspace_path(run_id)
                 yield Place(None, self.paths.workspaces, path, workspace, self._host_id)
         finally:
@@ -300,6 +457,18 @@ class Runtime:
                 self._sandboxes.discard(lost.note["ephemeral"])
             lost.settle()
 
+    def _made_before(self, sandbox_id: str, wanted: Mapping[str, Any]) -> Sandbox | None:
+        """The sandbox of an idempotency key. InvalidRequestError when the key has stood for another one."""
+        try:
+            sandbox = self.sandbox(sandbox_id)
+        except NotFoundError:
+            return None
+        if any(getattr(sandbox, field) != value for field, value in wanted.items()):
+            raise InvalidRequestError(
+                "this idempotency key was used for another sandbox, or that has been changed", remedy="take another key"
+            )
+        return sandbox
+
     def _record(self, event: str, sandbox_id: str | None, **fields: Any) -> None:  # noqa: ANN401 - JSON, as audit takes it
         self.audit.append(event, actor=self._actor, sandbox_id=sandbox_id, **fields)
 
@@ -311,6 +480,10 @@ class Runtime:
             bytes=sum(file.size for file in files if file.type == "file"),
             paths=[file.path for file in files[:_PATHS_IN_A_RECORD]],
         )
+
+
+def _derived_id(actor: str, idempotency_key: str) -> str:
+    return f"sb_{sha256(f'{actor} {idempotency_key}'.encode()).hexdigest()[:16]}"
 
 
 def _silent(_: str) -> None:

@@ -19,14 +19,13 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from jhansi_runtime import beneath
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
-from jhansi_runtime.spec import Limits, Sandbox, from_json, instant, to_json
+from jhansi_runtime.spec import Limits, RootfsChoice, Sandbox, from_json, instant, to_json
 from jhansi_runtime.workspace import Workspace, explained, open_workspace
 
 __all__ = ["Sandboxes"]
@@ -72,17 +71,20 @@ class Sandboxes:
         labels: Mapping[str, str] = _NO_LABELS,
         ttl: float | None = None,
         limits: Limits,
-        rootfs: Literal["recipe", "host"] = "recipe",
+        rootfs: RootfsChoice = "recipe",
+        owner: str | None = None,
+        sandbox_id: str | None = None,
         ephemeral: str | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds from now.
 
-        ephemeral is the run id that a one-shot sandbox takes as its own; it is not listed, and its full id alone
-        finds it. ConflictError when the name is taken.
+        owner is the API key that it belongs to, if any; each has names of its own. sandbox_id is the id to take if not
+        one at random; ephemeral the run id that a one-shot sandbox takes as its own, which is not listed, and which its
+        full id alone finds. ConflictError when the name or the id is taken.
         """
         now = time.time()
         sandbox = Sandbox(
-            id=_new_id(ephemeral),
+            id=_new_id(sandbox_id, ephemeral),
             language=language,
             created_at=instant(now),
             name=_checked_name(name),
@@ -90,43 +92,56 @@ class Sandboxes:
             limits=limits,
             rootfs=rootfs,
             expires_at=_expiry(ttl, now),
+            owner=owner,
         )
         with explained(self.root):
             os.makedirs(self.root, mode=0o700, exist_ok=True)
             self._let_owner_through(self.root)
             with self._opened_root() as root:
                 with _locked(root):
-                    self._check_free(name)
+                    self._check_free(name, owner)
                     self._make(root, sandbox, durable=ephemeral is None)
                 with suppress(OSError):  # what cannot be cleared away is for `sweep` to tell
                     _sweep(root)
         return sandbox
 
-    def find(self, reference: str) -> Sandbox:
+    def find(self, reference: str, *, owner: str | None = None) -> Sandbox:
         """The sandbox of that id, of that name, or of the only id that begins so (with or without `sb_`).
 
-        NotFoundError; InvalidRequestError for the beginning of several ids; JhansiError when its metadata is damaged.
-        A full id costs one open, however many sandboxes there are.
+        With an owner, those of others are not there. NotFoundError; InvalidRequestError for a name or the beginning of
+        an id that several have; JhansiError when its metadata is damaged. A full id costs one open, however many
+        sandboxes there are.
         """
         if _ID.fullmatch(reference):
-            return self._read(reference)
-        for sandbox in self._readable():
-            if sandbox.name == reference:
-                return sandbox
+            sandbox = self._read(reference)
+            if owner is not None and sandbox.owner != owner:
+                raise _not_found(reference)
+            return sandbox
         prefix = _ID_PREFIX.fullmatch(reference)
-        found = sorted(name for name in self._ids() if name.startswith(f"sb_{prefix[1]}")) if prefix else []
+        named, begun = [], []
+        for sandbox in self._readable():
+            if owner is not None and sandbox.owner != owner:
+                continue
+            if sandbox.name == reference:
+                named.append(sandbox)
+            elif prefix and sandbox.id.startswith(f"sb_{prefix[1]}"):
+                begun.append(sandbox)
+        found = sorted(named or begun, key=lambda sandbox: sandbox.id)
         if not found:
             raise _not_found(reference)
         if len(found) > 1:
-            candidates = ", ".join(found[:MOST_CANDIDATES]) + (", ..." if len(found) > MOST_CANDIDATES else "")
+            ids = [sandbox.id for sandbox in found]
+            candidates = ", ".join(ids[:MOST_CANDIDATES]) + (", ..." if len(ids) > MOST_CANDIDATES else "")
+            relation = "is the name" if named else "begins the ids"
             raise InvalidRequestError(
-                f"{reference!r} begins the ids of {len(found)} sandboxes: {candidates}", remedy="give more of the id"
+                f"{reference!r} {relation} of {len(ids)} sandboxes: {candidates}", remedy="give more of the id"
             )
-        return self._read(found[0])
+        return found[0]
 
-    def list(self) -> _Listing:
-        """Every sandbox, oldest first, except one-shot ones and those that `damaged` tells of."""
-        return sorted(self._readable(), key=lambda sandbox: (sandbox.created_at, sandbox.id))
+    def list(self, *, owner: str | None = None) -> _Listing:
+        """Every sandbox, or that of one owner, oldest first, except one-shot ones and those that `damaged` tells of."""
+        visible = (sandbox for sandbox in self._readable() if owner is None or sandbox.owner == owner)
+        return sorted(visible, key=lambda sandbox: (sandbox.created_at, sandbox.id))
 
     def damaged(self) -> Iterator[JhansiError]:
         """For each sandbox that cannot be listed, what is wrong with it and what to do."""
@@ -182,7 +197,7 @@ class Sandboxes:
         with explained(self.root), self._opened_root() as root, _locked(root):
             before = self._read(sandbox_id)
             if isinstance(name, str) and name != before.name:
-                self._check_free(name)
+                self._check_free(name, before.owner)
             after = replace(before, **changes)
             with self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder:
                 _write(folder, after, durable=True)
@@ -231,8 +246,8 @@ class Sandboxes:
             raise _damaged(sandbox_id, f"{path} is that of {sandbox.id!r}")
         return sandbox
 
-    def _check_free(self, name: str | None) -> None:
-        if name is not None and any(sandbox.name == name for sandbox in self._readable()):
+    def _check_free(self, name: str | None, owner: str | None) -> None:
+        if name is not None and any((one.name, one.owner) == (name, owner) for one in self._readable()):
             raise ConflictError(f"there is a sandbox named {name!r} already", remedy="take another name, or remove it")
 
     @contextmanager
@@ -331,9 +346,9 @@ def _dot_names(root: int, prefix: str) -> list[str]:
 # --- what is valid ----------------------------------------------------------------------------------------
 
 
-def _new_id(one_shot: str | None) -> str:
+def _new_id(wanted: str | None, one_shot: str | None) -> str:
     if one_shot is None:
-        return f"sb_{os.urandom(8).hex()}"
+        return wanted or f"sb_{os.urandom(8).hex()}"
     if not _ONE_SHOT_ID.fullmatch(one_shot):
         raise InvalidRequestError(f"{one_shot!r} is not a run id")
     return one_shot

@@ -12,20 +12,35 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from jhansi_runtime.errors import InvalidRequestError
 
 __all__ = [
+    "SESSION",
+    "SESSION_LIMITS",
     "Check",
+    "ExecBody",
     "ExecRequest",
     "ExecResult",
+    "FieldProblem",
     "FileInfo",
+    "Key",
     "Limits",
+    "Problem",
     "Recipe",
     "RootfsInfo",
+    "RunInfo",
     "Sandbox",
+    "SandboxBody",
+    "SandboxChange",
+    "SandboxPage",
+    "ServerSettings",
     "Settings",
+    "TerminalControl",
+    "TerminalExit",
+    "TerminalQuery",
+    "TerminalSize",
     "from_builtins",
     "instant",
     "to_json",
@@ -44,10 +59,17 @@ Status = Literal[
 ]
 Enforcement = Literal["cgroup", "watchdog"]
 Encoding = Literal["text", "base64"]
+Scope = Literal["read", "write", "exec", "audit", "admin"]
+RootfsChoice = Literal["recipe", "host"]
+Characters = Annotated[int, Meta(ge=1, le=10_000)]
 
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+# A session is left by its user, not by a clock, and its output is read as it comes: the widest limits there are.
+SESSION_LIMITS: dict[str, float] = {"timeout": 86_400.0, "output": GIB}
+SESSION = ["/bin/sh", "-c", "[ -x /bin/bash ] && exec /bin/bash -l; exec /bin/sh -l"]
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,26 +96,69 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     name: str | None = None
     labels: dict[str, str] = {}
     limits: Limits = Limits()
-    rootfs: Literal["recipe", "host"] = "recipe"
+    rootfs: RootfsChoice = "recipe"
     expires_at: str | None = None
+    owner: str | None = None
 
 
-class ExecRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One program to run: a file of the workspace (filename) or a program of the rootfs (command), never both.
+class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /v1/sandboxes asks for. ttl is in seconds; limits are those that differ from the defaults."""
 
-    sandbox is an id, a unique prefix of one, or a name. env is all the job sees beyond PATH, HOME, LANG.
-    limits are the fields of Limits to change for this exec. stdin is the text or bytes to feed.
+    language: str = "python"
+    name: str | None = None
+    labels: dict[str, str] = {}
+    ttl: float | None = None
+    limits: dict[str, float] = {}
+    rootfs: RootfsChoice = "recipe"
+
+
+class SandboxPage(Struct, frozen=True, kw_only=True):
+    """Some sandboxes, and where the next begin: None after the last."""
+
+    items: list[Sandbox]
+    next_cursor: str | None
+
+
+class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What PATCH changes of a sandbox: the fields that are given.
+
+    null takes a name or an end away; labels replace all labels; ttl is in seconds from now; limits are those that are
+    to differ from what they are.
     """
 
-    sandbox: str
+    name: str | UnsetType | None = UNSET
+    labels: dict[str, str] | UnsetType = UNSET
+    ttl: float | UnsetType | None = UNSET
+    limits: dict[str, float] | UnsetType = UNSET
+
+
+class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One program to run: a file of the workspace (filename) or a program of the rootfs (command), never both.
+
+    env is all the job sees beyond PATH, HOME, LANG. limits are the fields of Limits to change for this exec.
+    """
+
     filename: str | None = None
     command: list[str] = []
     args: list[str] = []
     env: dict[str, str] = {}
-    stdin: str | bytes = b""
     limits: dict[str, float] = {}
-    rootfs: Literal["recipe", "host"] | None = None
+    rootfs: RootfsChoice | None = None
     encoding: Encoding = "text"
+
+
+class ExecRequest(Job, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A job, and where to run it: sandbox is an id, a unique prefix of one, or a name. stdin is what to feed it."""
+
+    sandbox: str
+    stdin: str | bytes = b""
+
+
+class ExecBody(Job, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What POST /v1/sandboxes/{id}/exec asks for. stdin is text; a detached job goes on without its caller."""
+
+    stdin: str = ""
+    detach: bool = False
 
 
 class ExecResult(Struct, frozen=True, kw_only=True):
@@ -126,6 +191,49 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     started_at: str
 
 
+class TerminalSize(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The size of a terminal, in characters."""
+
+    rows: Characters
+    columns: Characters
+
+
+class TerminalQuery(TerminalSize, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the query of a terminal's address says: its size, its type (term) and the program, if not a login shell."""
+
+    rows: Characters = 24
+    columns: Characters = 80
+    term: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._+-]{1,64}\Z")] = "xterm-256color"
+    command: list[str] = []
+
+
+class TerminalControl(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A text frame of a terminal's client: the window has a new size."""
+
+    resize: TerminalSize
+
+
+class TerminalExit(Struct, frozen=True, kw_only=True):
+    """The last text frame of a terminal's server."""
+
+    exit: ExecResult
+
+
+class RunInfo(Struct, frozen=True, kw_only=True):
+    """A detached run. result is None while it is running, and for one that was lost: whoever ran it was killed.
+
+    owner is the id of the key that began it, None where there are no keys.
+    """
+
+    run_id: str
+    sandbox_id: str
+    owner: str | None
+    status: Literal["running", "lost"] | Status
+    started_at: str
+    ended_at: str | None = None
+    result: ExecResult | None = None
+
+
 class FileInfo(Struct, frozen=True, kw_only=True):
     """One entry of a workspace; path is relative to it, mode the permission bits, mtime an instant."""
 
@@ -134,6 +242,14 @@ class FileInfo(Struct, frozen=True, kw_only=True):
     size: int
     mode: int
     mtime: str
+
+
+class Unarchived(Struct, frozen=True, kw_only=True):
+    """What was unpacked into a workspace: members, bytes of their contents, the first twenty of what was left out."""
+
+    members: int
+    bytes: int
+    left_out: list[str]
 
 
 class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,6 +265,14 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     interpreter: str
     extensions: list[str]
     run: list[str]
+
+
+class Language(Struct, frozen=True, kw_only=True):
+    """A language to run files in, and the extensions they have. rootfs is its digest, None until there is one."""
+
+    language: str
+    extensions: list[str]
+    rootfs: str | None
 
 
 class RootfsInfo(Struct, frozen=True, kw_only=True):
@@ -168,10 +292,50 @@ class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     fsync: Literal["group", "always"] = "group"
 
 
+class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one server takes on. Beyond max_execs, execs wait, max_queue of them at most; sizes are bytes."""
+
+    max_execs: Annotated[int, Meta(ge=1, le=10_000, description="execs at once")] = 16
+    max_queue: Annotated[int, Meta(ge=0, le=100_000, description="execs that wait for their turn")] = 64
+    max_terminals: Annotated[int, Meta(ge=0, le=10_000, description="terminals open at once")] = 16
+    max_body: Annotated[int, Meta(ge=KIB, le=GIB, description="bytes of a JSON body")] = 16 * MIB
+    max_upload: Annotated[int, Meta(ge=KIB, le=1024 * GIB, description="bytes of an upload")] = 16 * GIB
+    keep_runs: Annotated[int, Meta(ge=1, le=1_000_000, description="detached runs kept after their end")] = 1000
+    keep_runs_for: Annotated[float, Meta(gt=0, description="seconds a detached run is kept after its end")] = 86_400.0
+    grace: Annotated[float, Meta(ge=0, le=3600, description="seconds for execs to end when the server stops")] = 10.0
+    allowed_hosts: list[str] = []
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings file (TOML): one table for each subject."""
 
     audit: AuditSettings = AuditSettings()
+    server: ServerSettings = ServerSettings()
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """Whether a server answers (live), and whether it can isolate (ready): a program was run. detail says why not."""
+
+    live: bool
+    ready: bool
+    detail: str
+
+
+class FieldProblem(Struct, frozen=True, kw_only=True):
+    """One field of a request that is wrong, and how."""
+
+    field: str
+    message: str
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """A failure of a request (RFC 9457): detail says what is wrong and what to do, errors which fields are wrong."""
+
+    type: Literal["about:blank"] = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem] | UnsetType = UNSET
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -181,6 +345,21 @@ class Check(Struct, frozen=True, kw_only=True):
     ok: bool
     detail: str
     remedy: str | None = None
+
+
+class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An API key without its secret: who may use the HTTP API, for what, and how much of it.
+
+    expires_at null is never; max_execs null is the server's own; max_sandboxes null is any number.
+    """
+
+    id: str
+    scopes: Annotated[list[Scope], Meta(min_length=1)]
+    created_at: str
+    name: str | None = None
+    expires_at: str | None = None
+    max_execs: Annotated[int, Meta(ge=1, le=10_000, description="execs at once")] | None = None
+    max_sandboxes: Annotated[int, Meta(ge=1, le=1_000_000, description="sandboxes at once")] | None = None
 
 
 _Record = TypeVar("_Record")

@@ -6,10 +6,12 @@ for bytes that are no UTF-8), links that lead out of it are refused, and every f
 """
 
 import errno
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from jhansi_runtime import beneath
@@ -21,6 +23,7 @@ from jhansi_runtime.errors import (
     JhansiError,
     NotExecutableError,
     NotFoundError,
+    PreconditionFailedError,
     ProgramMissingError,
 )
 from jhansi_runtime.spec import FileInfo, instant
@@ -28,7 +31,9 @@ from jhansi_runtime.spec import FileInfo, instant
 if TYPE_CHECKING:
     import hashlib
 
-__all__ = ["Program", "Workspace", "explained", "open_workspace"]
+    from jhansi_runtime.archive import ByteReader, Unpacked
+
+__all__ = ["Opened", "Program", "Upload", "Workspace", "Written", "explained", "open_workspace"]
 
 _LARGE = 1024**2
 LARGEST_PROGRAM = 1024**3  # bytes; it is hashed before every exec
@@ -36,6 +41,12 @@ MOST_LISTED = 100_000
 MOST_COPIED = 1_000_000
 MOST_NAMED = 5  # of what `get` left out, in one message
 INSIDE = "/workspace"
+
+_LOCK = "../.writing"  # beside the workspace, so that no job holds it
+_CHUNK = 256 * 1024
+_CLOCK_REALTIME_COARSE = 5  # of clock_gettime(2): the clock that times of change are taken from, a few ms to a tick
+_TICKS = 8
+_TICK = 0.002  # seconds
 
 
 class Program(NamedTuple):
@@ -45,6 +56,73 @@ class Program(NamedTuple):
     sha256: str
     executable: bool
     size: int
+
+
+class Written(NamedTuple):
+    """A file that was written, its entity tag as of that moment, and whether there was none of that name before."""
+
+    info: FileInfo
+    etag: str
+    created: bool
+
+
+class _Wanted(NamedTuple):
+    """What must be so for a file to be written, as Workspace.write says."""
+
+    if_match: str | None
+    if_none_match: bool
+
+
+class Opened:
+    """A file open for reading, whatever its name leads to by now. Good within the `with` that gave it.
+
+    etag changes with every change of the file (RFC 9110, section 8.8.3): it is strong, but for a file that is being
+    written to at this moment, where it is weak (`W/...`) and matches nothing.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+        status, is_settled = _settled(fd)
+        self.info = _file_info(path, status)
+        self.etag = _etag(status) if is_settled else f"W/{_etag(status)}"
+
+    def chunks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes from `start` up to, not including, `end`: to the size it had, without one.
+
+        Exactly as many as that. JhansiError when the file was cut short meanwhile.
+        """
+        end = self.info.size if end is None else end
+        while start < end:
+            if self._fd < 0:
+                raise JhansiError(f"{self._path!r} is not open any more")
+            with explained(self._path):
+                chunk = os.pread(self._fd, min(end - start, _CHUNK), start)
+            if not chunk:
+                raise JhansiError(f"{self._path!r} was cut short while it was read", remedy="read it again")
+            start += len(chunk)
+            yield chunk
+
+    def close(self) -> None:
+        """Close the file: there are no more chunks of it."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+
+class Upload:
+    """A file that is on its way into a workspace: nobody sees it before `publish`."""
+
+    def __init__(self, add: Callable[[bytes], None], publish: Callable[[], Written]) -> None:
+        self._add = add
+        self._publish = publish
+
+    def add(self, chunk: bytes) -> None:
+        """Write what comes next."""
+        self._add(chunk)
+
+    def publish(self) -> Written:
+        """Put the file in its place, whole."""
+        return self._publish()
 
 
 class Workspace:
@@ -94,22 +172,63 @@ class Workspace:
             with beneath.closing(beneath.reopen(handle)) as content:
                 yield from beneath.chunks(content, os.fstat(content).st_size)
 
-    def write(self, path: str, chunks: Iterable[bytes], *, mode: int = 0o644) -> FileInfo:
+    def stat(self, path: str) -> FileInfo:
+        """What a path names, through links that stay inside; "" is the workspace."""
+        inside = _relative(path, or_top=True)
+        with explained(path), beneath.closing(self._found(inside)) as handle:
+            return _file_info(inside, os.fstat(handle))
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[Opened]:
+        """Within: a file of the workspace, or one that links inside it lead to, open for reading."""
+        inside = _relative(path)
+        with explained(path), beneath.closing(self._found(inside)) as handle:
+            kind = beneath.kind_of(os.fstat(handle))
+            if kind != "file":
+                raise InvalidRequestError(f"{path!r} is a {kind}, not a file to read")
+            opened = Opened(beneath.reopen(handle), inside)
+        with closing(opened):
+            yield opened
+
+    def write(
+        self,
+        path: str,
+        chunks: Iterable[bytes],
+        *,
+        mode: int | None = None,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> Written:
         """Make or replace a file, and the folders above it; whoever looks sees the old content or the new, whole.
 
-        The old file is kept when anything fails. mode is its permission bits. A link of that name is replaced; one
-        on the way to it is refused.
+        The old file is kept when anything fails, and nothing else is left. mode is its permission bits: without it
+        those of the file it replaces, or 0644. A link of that name is replaced; one on the way to it is refused.
+
+        PreconditionFailedError unless the file has one of the entity tags in if_match (the value of that header: "*"
+        is any), or, with if_none_match, if there is one of that name. Of several who write with the same tag one
+        wins, whatever process they are in; a job that writes at this very moment may still be overwritten.
         """
-        inside = _relative(path)
-        above, name = os.path.split(inside)
-        with (
-            explained(path),
-            beneath.closing(beneath.make_directories(self.fd, above, self.owner)) as parent,
-            beneath.replacing(parent, name, self.owner, mode) as fd,
-        ):
+        with self.receive(path, mode=mode, if_match=if_match, if_none_match=if_none_match) as upload:
             for chunk in chunks:
-                beneath.write_all(fd, chunk)
-            return _file_info(inside, os.fstat(fd))
+                upload.add(chunk)
+            return upload.publish()
+
+    @contextmanager
+    def receive(
+        self, path: str, *, mode: int | None = None, if_match: str | None = None, if_none_match: bool = False
+    ) -> Iterator[Upload]:
+        """Within: a file that is made piece by piece, as `write` does; left before it is published, it is gone."""
+        inside, wanted = _relative(path), _Wanted(if_match, if_none_match)
+        with explained(path):
+            self._replaceable(inside, wanted)
+            with (
+                beneath.closing(beneath.nearest_directory(self.fd, os.path.dirname(inside))) as near,
+                beneath.drafting(near, self.owner, 0o600) as draft,
+            ):
+                yield Upload(
+                    lambda chunk: beneath.write_all(draft.fd, chunk),
+                    lambda: self._publish(draft, inside, mode, wanted),
+                )
 
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all that is in it. A link is removed, not what it leads to."""
@@ -170,6 +289,86 @@ class Workspace:
                 if kind == "file":
                     return beneath.copy_file(handle, parent, name, None)
                 return _copy_out(handle, parent, name, left_out)
+
+    def archive(self) -> Iterator[bytes]:
+        """Yield a tar of all that is in the workspace; tarball.pack says what is in it."""
+        from jhansi_runtime import tarball  # noqa: PLC0415 - tarfile is several ms, and no exec needs it
+
+        with explained(INSIDE):
+            yield from tarball.pack(self.fd)
+
+    def unarchive(self, source: "ByteReader") -> "Unpacked":
+        """Unpack a tar (plain, gzip, xz or zstd) into the workspace: files replace files, folders are merged into.
+
+        source gives it by read(n), nothing at its end. Modes and times are the archive's; setuid bits, device nodes
+        and FIFOs are left out, and told. HostileArchiveError and InvalidRequestError, with the workspace as it was,
+        when the archive is damaged, cut short, wants out of the workspace or holds more than archive.Limits;
+        ConflictError, likewise, when it has a file where there is a folder, or a folder where there is none but a
+        file.
+        """
+        from jhansi_runtime import tarball  # noqa: PLC0415 - see archive
+
+        with explained(INSIDE):
+            return tarball.unpack(source, self.fd, self.owner, self._writing)
+
+    def sweep(self) -> None:
+        """Remove what an `unarchive` that was killed has left beside the workspace."""
+        from jhansi_runtime import tarball  # noqa: PLC0415 - see archive
+
+        with explained(INSIDE), self._writing():
+            tarball.sweep(self.fd)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Within: no other `write` or `unarchive`, in whatever process, puts a file in its place."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with beneath.closing(os.open(_LOCK, flags, 0o600, dir_fd=self.fd)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _publish(self, draft: beneath.Draft, inside: str, mode: int | None, wanted: _Wanted) -> Written:
+        """Give what was written its name, if all is as it is wanted."""
+        above, name = os.path.split(inside)
+        with self._writing():
+            old = self._replaceable(inside, wanted)
+            if mode is None:
+                mode = old.st_mode | 0o600 if old and stat.S_ISREG(old.st_mode) else 0o644
+            os.fchmod(draft.fd, mode & 0o777)
+            now = time.time_ns()  # finer than the kernel's own, which two writers may share
+            os.utime(draft.fd, ns=(now, now))
+            with beneath.closing(beneath.make_directories(self.fd, above, self.owner)) as parent:
+                try:
+                    beneath.publish(draft, parent, name, replace=not wanted.if_none_match)
+                except FileExistsError:
+                    raise _not_as_wanted(inside, "is there already") from None
+            status = os.fstat(draft.fd)
+        return Written(_file_info(inside, status), _etag(status), old is None)
+
+    def _replaceable(self, inside: str, wanted: _Wanted) -> os.stat_result | None:
+        """Return the status of what is there, or None. An error when it is a folder, or not as it is wanted."""
+        try:
+            with beneath.closing(beneath.open_path(self.fd, inside, follow=False)) as handle:
+                status = os.fstat(handle)
+        except FileNotFoundError:
+            if wanted.if_match is not None:
+                raise _not_as_wanted(inside, "is not there") from None
+            return None
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), inside)
+        if wanted.if_none_match:
+            raise _not_as_wanted(inside, "is there already")
+        if wanted.if_match not in {None, "*"} and self._etag_of(inside) not in _tags(wanted.if_match):
+            raise _not_as_wanted(inside, "has changed since")
+        return status
+
+    def _etag_of(self, inside: str) -> str:
+        """Return the entity tag that `open` would show of a file, or "" where it would show nothing."""
+        try:
+            with beneath.closing(self._found(inside)) as handle:
+                status = os.fstat(handle)
+        except OSError:  # a link to nothing, or one that leads out
+            return ""
+        return _etag(status) if stat.S_ISREG(status.st_mode) else ""
 
     def _found(self, inside: str) -> int:
         """O_PATH descriptor of what a relative path names, through links that stay inside."""
@@ -233,6 +432,36 @@ def _relative(path: str, *, or_top: bool = False) -> str:
     except UnicodeEncodeError:
         raise InvalidRequestError(f"{path!r} is not a file name in this host's encoding") from None
     return "/".join(parts)
+
+
+def _settled(fd: int) -> tuple[os.stat_result, bool]:
+    """Return the status of an open file, and whether every later change must make it another.
+
+    Two changes within one tick of the kernel's clock leave the same times, so the tick of the last one is waited for.
+    It never ends for a file that is written to all the time.
+    """
+    for _ in range(_TICKS):
+        now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        status = os.fstat(fd)
+        if status.st_ctime_ns < now:
+            return status, True
+        time.sleep(_TICK)
+    return status, False
+
+
+def _etag(status: os.stat_result) -> str:
+    return f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"'
+
+
+def _tags(header: str | None) -> list[str]:
+    """The entity tags in the value of an If-Match header; none of ours holds a comma."""
+    return [tag.strip() for tag in (header or "").split(",")]
+
+
+def _not_as_wanted(path: str, state: str) -> PreconditionFailedError:
+    return PreconditionFailedError(
+        f"{path!r} {state}; nothing was written", remedy="look at what is there, then decide"
+    )
 
 
 def _joined(above: str, below: str) -> str:

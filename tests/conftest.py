@@ -6,7 +6,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
 
+import httpx
 import pytest
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,11 +41,21 @@ def home():
 
 
 @pytest.fixture(scope="session")
-def runtime_environment(home, tmp_path_factory):
-    """The environment of a runtime that nobody has used, but for the root tree."""
-    fresh = tmp_path_factory.mktemp("jhansi-home")
-    (fresh / "rootfs").symlink_to(os.path.join(home, "rootfs"))
-    return environment_with(fresh)
+def fresh_environment(home, tmp_path_factory):
+    """`fresh_environment()` is the environment of a runtime that nobody has used, but for the root tree."""
+
+    def fresh_environment():
+        fresh = tmp_path_factory.mktemp("jhansi-home")
+        (fresh / "rootfs").symlink_to(os.path.join(home, "rootfs"))
+        return environment_with(fresh)
+
+    return fresh_environment
+
+
+@pytest.fixture(scope="session")
+def runtime_environment(fresh_environment):
+    """The environment of a runtime that tests share."""
+    return fresh_environment()
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +82,38 @@ def require(jhansi):
     return require
 
 
+@pytest.fixture(scope="session")
+def server(fresh_environment, tmp_path_factory):
+    """A server without keys that tests share: each makes sandboxes of its own."""
+    with serving(fresh_environment(), tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def api(server):
+    """A client of the shared server, over TCP."""
+    with server.client() as api:
+        yield api
+
+
+@pytest.fixture
+def make(api):
+    """`make(files, **body)` makes a sandbox on the host's own root tree with these files, and returns its path."""
+    made = []
+
+    def make(files=None, **body):
+        answer = api.post("/v1/sandboxes", json={"rootfs": "host"} | body)
+        assert answer.status_code == 201, answer.text
+        made.append(f"/v1/sandboxes/{answer.json()['id']}")
+        for path, content in (files or {}).items():
+            assert api.put(f"{made[-1]}/files/{path}", content=content).status_code == 201
+        return made[-1]
+
+    yield make
+    for path in made:
+        api.delete(path)
+
+
 def host_lacks(name, reason):
     """End this test: skipped, or failed where JHANSI_REQUIRE demands what it needs."""
     demanded = os.environ.get("JHANSI_REQUIRE", "").replace(",", " ").split()
@@ -87,3 +133,63 @@ def run(words, environment, **options):
     argv = [sys.executable, "-m", "jhansi_runtime", *words]
     defaults = {"env": environment, "capture_output": True, "text": True, "errors": "surrogateescape"}
     return subprocess.run(argv, check=False, **(defaults | options))
+
+
+class Server(NamedTuple):
+    """A server under test: its process, where it answers, and its environment. `log` is what it has logged so far."""
+
+    process: subprocess.Popen
+    url: str
+    socket: str
+    environment: dict[str, str]
+    log_path: pathlib.Path
+
+    def client(self, token=None, *, over_socket=False):
+        """A client over TCP or the Unix socket, which sends the token as its key; to be closed by the caller."""
+        transport = httpx.HTTPTransport(verify=False, uds=self.socket if over_socket else None)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return httpx.Client(base_url=self.url, transport=transport, headers=headers, timeout=60, trust_env=False)
+
+    @property
+    def port(self):
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def log(self):
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+
+@contextmanager
+def serving(environment, folder, *words, settings=""):
+    """A server of this environment, on a free port and a socket in the folder, until the end of the block.
+
+    settings is the [server] table of its settings file. SIGTERM must end it in order, and it must have logged no defect.
+    """
+    folder.mkdir(exist_ok=True)
+    config, log, path = folder / "config.toml", folder / "log", str(folder / "api.sock")
+    config.write_text(f"[server]\n{settings}")
+    argv = [sys.executable, "-m", "jhansi_runtime", "serve", "--port=0", f"--socket={path}", *words]
+    environment = environment | {"JHANSI_CONFIG": str(config)}
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(argv, env=environment, stderr=stderr, stdin=subprocess.DEVNULL)
+    try:
+        url = _address(process, log)
+        yield Server(process, url, path, environment, log)
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()
+        assert '"defect"' not in log.read_text(), log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(process, log):
+    """The TCP address of a server, once it is ready."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for line in log.read_text().splitlines(keepends=True):
+            if '"server.ready"' in line and line.endswith("\n"):
+                return next(address for address in json.loads(line)["addresses"] if address != "unix")
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"not ready within 30 s: {log.read_text()}")

@@ -37,26 +37,45 @@ TABLE = {
     "engine": May("isolation errors spec remedies digest", "psutil"),
     # The stores do not know each other: what stands beside BASE is a store's own half in another file.
     "beneath": May(BASE),
-    "workspace": May(f"{BASE} beneath"),
+    "workspace": May(f"{BASE} beneath archive tarball"),
+    "tarball": May(f"{BASE} beneath archive"),
     "sandboxes": May(f"{BASE} beneath workspace", "msgspec"),
     "tree": May(BASE),
     # compression is the standard library's from Python 3.14 on.
-    "archive": May(f"{BASE} tree", "zstandard compression"),
+    "archive": May(BASE, "zstandard compression"),
     "debian": May(BASE, "prctl pyseccomp"),
     "rootfs": May(f"{BASE} tree archive debian", "msgspec"),
     "profiles": May(f"{BASE} isolation.seccomp"),
     "chain": May("errors digest"),
     "audit": May(f"{BASE} chain"),
     "runs": May(BASE),
+    "frames": May(BASE),
+    "detached": May(f"{BASE} frames", "msgspec"),
+    "keys": May("errors spec", "msgspec"),
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),
     "settings": May("errors spec"),
     # The verbs, and the one exec among them, are the only composers.
     "execution": May(f"{BASE} isolation engine rootfs profiles workspace audit runs", "msgspec"),
     "runtime": May(
-        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace audit runs settings doctor",
+        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace archive audit runs settings",
         "msgspec",
     ),
-    "cli": May(f"{BASE} rendering runtime engine isolation.spawn audit doctor", "click msgspec"),
+    "background": May(f"{BASE} engine detached runtime", "msgspec"),
+    "logs": May("spec"),
+    "listening": May("errors"),
+    "supervision": May(),
+    "unit": May("errors paths settings listening"),
+    "httpd": May("errors logs listening supervision", "uvicorn uvloop"),
+    "serve": May("errors spec paths keys runtime settings api logs listening supervision httpd", "msgspec"),
+    "cli": May(
+        f"{BASE} rendering runtime engine isolation.spawn audit doctor keys listening unit serve", "click msgspec"
+    ),
+    "api": May(
+        f"{BASE} runtime workspace runs keys detached background engine logs",
+        "litestar msgspec multipart prometheus_client",
+    ),
+    # It speaks to a server, and knows nothing of what is behind that.
+    "client": May("errors spec paths", "anyio httpx msgspec"),
     "__init__": May("errors spec paths runtime"),
     "__main__": May("errors isolation.spawn cli"),
 }

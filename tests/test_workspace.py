@@ -81,14 +81,14 @@ def test_a_path_that_is_not_in_the_workspace_is_refused(workspace, path):
 
 @pytest.mark.parametrize("path", ["a/b", "./a//b", "a/./b/", "/workspace/a/b"])
 def test_one_file_has_many_spellings(workspace, path):
-    assert workspace.write(path, [b"x"]).path == "a/b"
+    assert workspace.write(path, [b"x"]).info.path == "a/b"
     assert read(workspace, path) == b"x"
     assert workspace.open_program(path).path == "a/b"
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_may_hold_any_bytes(workspace, folder, outside, name):
-    info = workspace.write(f"{name}/{name}", [b"x"])
+    info = workspace.write(f"{name}/{name}", [b"x"]).info
 
     assert info.path == f"{name}/{name}"
     assert [file.path for file in workspace.files(recursive=True)] == [name, f"{name}/{name}"]
@@ -225,12 +225,12 @@ def test_what_is_written_is_read_and_belongs_to_a_new_file(workspace, folder):
     (folder / "file").write_bytes(b"old")
     (folder / "same").hardlink_to(folder / "file")
 
-    info = workspace.write("file", [b"new ", b"", b"content"], mode=0o4750)
+    info = workspace.write("file", [b"new ", b"", b"content"], mode=0o4750).info
 
     assert (info.size, info.mode, info.type) == (11, 0o750, "file")
     assert read(workspace, "file") == b"new content"
     assert (folder / "same").read_bytes() == b"old"
-    assert workspace.write("empty", [], mode=0o6755).mode == 0o755
+    assert workspace.write("empty", [], mode=0o6755).info.mode == 0o755
     assert tree(folder).keys() == {"file", "same", "empty"}
 
 

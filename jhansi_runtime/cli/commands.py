@@ -35,6 +35,8 @@ MODULE_OF = {
     "shell": "programs",
     "rootfs": "rootfs",
     "audit": "audit",
+    "keys": "keys",
+    "serve": "server",
     "doctor": "host",
     "completion": "host",
 }

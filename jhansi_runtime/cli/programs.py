@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
-# A session is left by its user, not by a clock, and its output is read as it comes: the widest limits there are.
-SESSION_LIMITS = {"timeout": 86_400.0, "output": 1024**3}
-SESSION = ["/bin/sh", "-c", "[ -x /bin/bash ] && exec /bin/bash -l; exec /bin/sh -l"]
-
 _ENVIRONMENT = click.option(
     "--env", "pairs", type=pair, multiple=True, metavar="K=V", help="A variable of the job. May be repeated."
 )
@@ -136,6 +132,8 @@ def shell_command(
 
     It may last a day and print a gigabyte unless --timeout and --output say otherwise.
     """
+    from jhansi_runtime.spec import SESSION, SESSION_LIMITS  # noqa: PLC0415 - see open_runtime
+
     request = {"sandbox": sandbox, "command": SESSION, "env": dict(pairs), "rootfs": rootfs}
     return exec_and_report(request | {"limits": SESSION_LIMITS | given(limits)}, spawned=spawned)
 

@@ -23,8 +23,7 @@ from jhansi_runtime.quantities import duration_text, size_text
 from jhansi_runtime.rendering import printable, table
 
 if TYPE_CHECKING:
-    from jhansi_runtime.runtime import RootfsChoice
-    from jhansi_runtime.spec import Limits, Sandbox
+    from jhansi_runtime.spec import Limits, RootfsChoice, Sandbox
 
 __all__ = ["COMMANDS"]
 

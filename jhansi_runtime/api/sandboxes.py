@@ -1,0 +1,125 @@
+"""/v1/sandboxes: make, list, show, change and remove sandboxes."""
+
+from typing import Annotated
+
+from litestar import Response, delete, get, patch, post
+from litestar.params import Parameter
+from msgspec import UNSET, structs
+
+from jhansi_runtime.api.access import Caller
+from jhansi_runtime.api.document import described
+from jhansi_runtime.api.routes import Document, exact
+from jhansi_runtime.api.service import Service
+from jhansi_runtime.errors import BusyError, InvalidRequestError
+from jhansi_runtime.runtime import Runtime
+from jhansi_runtime.spec import Sandbox, SandboxBody, SandboxChange, SandboxPage
+
+__all__ = ["ROUTES"]
+
+_MOST_IN_A_PAGE = 1000
+_DELETE_SOMETHING = 60.0  # seconds; how soon a key will have fewer sandboxes nobody knows
+
+Limit = Annotated[int, Parameter(ge=1, le=_MOST_IN_A_PAGE, description="how many at most")]
+IdempotencyKey = Annotated[
+    str | None,
+    Parameter(
+        header="Idempotency-Key",
+        max_length=256,
+        description="of two creates with the same key the second returns what the first made",
+    ),
+]
+
+
+@post(
+    "/v1/sandboxes",
+    opt={"needs": "write"},
+    summary="Make a sandbox",
+    **described("createSandbox", 400, 404, 409, 413, 422, 429, 507, headers={201: ["Location"]}),
+)
+async def create(
+    data: SandboxBody, service: Service, caller: Caller, runtime: Runtime, idempotency_key: IdempotencyKey = None
+) -> Response[Sandbox]:
+    """Make a sandbox with an empty workspace."""
+
+    def make() -> Sandbox:
+        with service.creating:  # two at once could both find room for one
+            if caller.key is not None and caller.key.max_sandboxes is not None:
+                _check_room(runtime, caller.key.max_sandboxes)
+            wanted = structs.asdict(data) | {"limits": exact(data.limits)}
+            return runtime.create(**wanted, idempotency_key=idempotency_key)
+
+    sandbox = await service.in_thread(make)
+    return Document(sandbox, headers={"Location": f"/v1/sandboxes/{sandbox.id}"})
+
+
+@get("/v1/sandboxes", opt={"needs": "read"}, summary="List sandboxes", **described("listSandboxes", 422))
+async def list_(
+    service: Service,
+    runtime: Runtime,
+    limit: Limit = 100,
+    cursor: str | None = None,
+    label: list[str] | None = None,
+) -> SandboxPage:
+    """Oldest first, page by page: `next_cursor` is the `cursor` of the next page. Each `label` is K=V."""
+    wanted = dict(_label(text) for text in label or [])
+    sandboxes = await service.in_thread(runtime.sandboxes, wanted)
+    if cursor is not None:
+        # The cursor is the last sandbox of the page before, which may have been removed since.
+        created_at, _, sandbox_id = cursor.rpartition("/")
+        sandboxes = [one for one in sandboxes if (one.created_at, one.id) > (created_at, sandbox_id)]
+    page, more = sandboxes[:limit], len(sandboxes) > limit
+    return SandboxPage(items=page, next_cursor=f"{page[-1].created_at}/{page[-1].id}" if more else None)
+
+
+@get(
+    "/v1/sandboxes/{sandbox_id:str}",
+    opt={"needs": "read"},
+    summary="Show a sandbox",
+    **described("showSandbox", 404, 422),
+)
+async def show(sandbox_id: str, service: Service, runtime: Runtime) -> Sandbox:
+    """One sandbox, by its id, a unique prefix of that, or its name."""
+    return await service.in_thread(runtime.sandbox, sandbox_id)
+
+
+@patch(
+    "/v1/sandboxes/{sandbox_id:str}",
+    opt={"needs": "write"},
+    summary="Change a sandbox",
+    **described("changeSandbox", 400, 404, 409, 413, 422, 507),
+)
+async def change(sandbox_id: str, data: SandboxChange, service: Service, runtime: Runtime) -> Sandbox:
+    """Change what is given: null takes a name or an end away, labels replace all labels."""
+    changes = data if data.limits is UNSET else structs.replace(data, limits=exact(data.limits))
+    return await service.in_thread(runtime.change, sandbox_id, changes)
+
+
+@delete(
+    "/v1/sandboxes/{sandbox_id:str}",
+    opt={"needs": "write"},
+    summary="Remove a sandbox",
+    **described("removeSandbox", 404, 409, 422),
+)
+async def remove(sandbox_id: str, service: Service, runtime: Runtime) -> None:
+    """Remove a sandbox and all its files."""
+    removed = await service.in_thread(runtime.remove, sandbox_id)
+    await service.in_thread(service.runs.forget_sandbox, removed.id)
+
+
+ROUTES = (create, list_, show, change, remove)
+
+
+def _check_room(runtime: Runtime, at_most: int) -> None:
+    if len(runtime.sandboxes()) >= at_most:
+        raise BusyError(
+            f"this key has {at_most} sandboxes, which is its limit",
+            retry_after=_DELETE_SOMETHING,
+            remedy="remove one first",
+        )
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise InvalidRequestError(f"label: not of the form K=V: {text!r}")
+    return key, value
