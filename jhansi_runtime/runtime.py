@@ -14,7 +14,14 @@ from msgspec import UNSET, structs
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine import Launcher, LauncherProcess, Streams
-from jhansi_runtime.errors import ConflictError, HostError, InvalidRequestError, JhansiError, NotFoundError
+from jhansi_runtime.errors import (
+    ConflictError,
+    HostError,
+    InvalidRequestError,
+    JhansiError,
+    NotFoundError,
+    ProgramMissingError,
+)
 from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
@@ -39,7 +46,7 @@ from jhansi_runtime.workspace import Opened, Upload, Workspace, Written
 if TYPE_CHECKING:
     from jhansi_runtime.archive import ByteReader, Unpacked
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "require_file"]
 
 _PATHS_IN_A_RECORD = 100
 _PROBE_SECONDS = 10.0
@@ -178,6 +185,9 @@ class Runtime:
             with suppress(ConflictError):  # in use: the next collection will have it
                 removed.append(self.remove(sandbox.id))
         self._sandboxes.sweep()
+        for sandbox in self._sandboxes.list():
+            with suppress(NotFoundError, ConflictError), self._sandboxes.hold(sandbox.id) as workspace:
+                workspace.sweep()
         return removed
 
     # --- files ---
@@ -328,6 +338,7 @@ class Runtime:
         limits = Limits().changed(request.limits)
         run_id = new_run_id()
         if workspace is None:
+            require_file(file, None)
             filename = os.path.basename(file)
             with (
                 self._runs.begin(run_id, {"ephemeral": run_id}) as run,
@@ -335,6 +346,7 @@ class Runtime:
             ):
                 return self._perform(run, run_id, place, language, limits, _named(request, filename), streams)
         _refuse_own_files(workspace, self.paths)
+        require_file(file, workspace)
         with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id) as place:
             named = _named(request, _inside(workspace, file))
             return self._perform(run, run_id, place, language, limits, named, streams)
@@ -524,6 +536,12 @@ def _refuse_own_files(folder: str, paths: Paths) -> None:
                 f"the workspace {folder!r} holds, or lies in, what jhansi-runtime keeps in {own!r}",
                 remedy="take a folder apart from it; a sandbox's own files are run with: jhansi-run exec",
             )
+
+
+def require_file(file: str, workspace: str | None) -> None:
+    """ProgramMissingError when there is no such file, here or in the folder that is to be the workspace."""
+    if not os.path.lexists(file) and not (workspace and os.path.lexists(os.path.join(workspace, file))):
+        raise ProgramMissingError(f"{file!r} is not there")
 
 
 def _inside(folder: str, file: str) -> str:

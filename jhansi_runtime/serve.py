@@ -5,6 +5,7 @@ This composes; httpd.py serves, listening.py opens the sockets, supervision.py t
 
 import gc
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -42,6 +43,7 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
     """
     configure()
     gc.enable()  # the command line does without, and ends before that matters
+    _allow_many_descriptors()
     paths = Paths.from_environment(environ)
     settings = _settings(load(paths.config).server, options)
     supervisor = Supervisor.from_environment(environ)
@@ -58,6 +60,12 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
             return serve(app, listeners, grace=settings.grace, supervisor=supervisor)
         finally:
             runtime.audit.append("server.stop", actor=actor, addresses=kinds)
+
+
+def _allow_many_descriptors() -> None:
+    """Take as many as are allowed: each caller needs some, and the limit of 1024 is there for users of select(2)."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
 
 
 def _settings(settings: ServerSettings, options: Options) -> ServerSettings:

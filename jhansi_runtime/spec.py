@@ -72,6 +72,30 @@ SESSION_LIMITS: dict[str, float] = {"timeout": 86_400.0, "output": GIB}
 SESSION = ["/bin/sh", "-c", "[ -x /bin/bash ] && exec /bin/bash -l; exec /bin/sh -l"]
 
 
+# What JSON Schema is told of texts that the stores check themselves: an error of theirs says more than a pattern.
+_NAME = r"^(?!(?:sb|run)_)(?![0-9a-f]{16}$)[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
+_LABEL_KEY = r"^[A-Za-z0-9_][A-Za-z0-9._/-]{0,63}$"
+_PRINTABLE = r"^(?: |[^\p{C}\p{Z}])*$"
+_LONGEST_TTL = 100 * 366 * 86_400  # seconds
+PATH_PATTERN = r"^(?!/)(?!(.*/)?\.\.(/|$))[^\u0000]+$"  # relative, and nowhere upwards
+
+Name = Annotated[str, Meta(extra_json_schema={"pattern": _NAME})]
+Labels = Annotated[
+    dict[
+        Annotated[str, Meta(extra_json_schema={"pattern": _LABEL_KEY})],
+        Annotated[str, Meta(extra_json_schema={"maxLength": 256, "pattern": _PRINTABLE}, description="printable")],
+    ],
+    Meta(extra_json_schema={"maxProperties": 64}),
+]
+Ttl = Annotated[
+    float,
+    Meta(extra_json_schema={"exclusiveMinimum": 0, "maximum": _LONGEST_TTL}, description="seconds until its end"),
+]
+Text = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^\u0000]*$"})]
+Path = Annotated[str, Meta(extra_json_schema={"pattern": PATH_PATTERN})]
+Variable = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^=\u0000]+$"})]
+
+
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one exec may use. Every limit named here is enforced on every host."""
 
@@ -105,9 +129,9 @@ class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What POST /v1/sandboxes asks for. ttl is in seconds; limits are those that differ from the defaults."""
 
     language: str = "python"
-    name: str | None = None
-    labels: dict[str, str] = {}
-    ttl: float | None = None
+    name: Name | None = None
+    labels: Labels = {}
+    ttl: Ttl | None = None
     limits: dict[str, float] = {}
     rootfs: RootfsChoice = "recipe"
 
@@ -126,9 +150,9 @@ class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     to differ from what they are.
     """
 
-    name: str | UnsetType | None = UNSET
-    labels: dict[str, str] | UnsetType = UNSET
-    ttl: float | UnsetType | None = UNSET
+    name: Name | UnsetType | None = UNSET
+    labels: Labels | UnsetType = UNSET
+    ttl: Ttl | UnsetType | None = UNSET
     limits: dict[str, float] | UnsetType = UNSET
 
 
@@ -138,10 +162,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     env is all the job sees beyond PATH, HOME, LANG. limits are the fields of Limits to change for this exec.
     """
 
-    filename: str | None = None
-    command: list[str] = []
-    args: list[str] = []
-    env: dict[str, str] = {}
+    filename: Path | None = None
+    command: list[Text] = []
+    args: list[Text] = []
+    env: dict[Variable, Text] = {}
     limits: dict[str, float] = {}
     rootfs: RootfsChoice | None = None
     encoding: Encoding = "text"

@@ -96,6 +96,14 @@ def api(server):
         yield api
 
 
+@pytest.fixture(scope="session")
+def strict(fresh_environment, tmp_path_factory):
+    """A server of small limits: one exec at once and none waiting, bodies of 2 KiB, uploads of 4 KiB."""
+    settings = "max_execs = 1\nmax_queue = 0\nmax_body = 2048\nmax_upload = 4096\n"
+    with serving(fresh_environment(), tmp_path_factory.mktemp("strict"), settings=settings) as server:
+        yield server
+
+
 @pytest.fixture
 def make(api):
     """`make(files, **body)` makes a sandbox on the host's own root tree with these files, and returns its path."""

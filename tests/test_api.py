@@ -24,14 +24,6 @@ print("run", len(runs.read_text()))
 """
 
 
-@pytest.fixture(scope="module")
-def strict(fresh_environment, tmp_path_factory):
-    """A server of small limits: one exec at once and none waiting, bodies of 2 KiB, uploads of 4 KiB."""
-    settings = "max_execs = 1\nmax_queue = 0\nmax_body = 2048\nmax_upload = 4096\n"
-    with serving(fresh_environment(), tmp_path_factory.mktemp("strict"), settings=settings) as server:
-        yield server
-
-
 # --- the founding article ---
 
 
@@ -205,7 +197,7 @@ def test_sandboxes_files_runs_and_idempotency_outlive_the_server(fresh_environme
         (b'{"name": "\xff"}', 400),
         (b"[" * 100_000, 400),
         (b'{"labels":' * 100_000, 400),
-        (b'{"name": "\\ud800"}', 422),
+        (b'{"name": "\\ud800"}', 400),
         (b"[]", 422),
         (b'"python"', 422),
         (b"null", 422),
@@ -356,7 +348,7 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(strict):
         for content in (body, iter([body[:1000], body[1000:]])):
             answer = client.post("/v1/sandboxes", content=content)
             assert problem(answer)["status"] == 413
-        assert client.get("/v1/sandboxes").json()["items"] == []
+        assert client.get("/v1/sandboxes", params={"label": f"k={'v' * 3000}"}).json()["items"] == []
 
 
 def test_beyond_what_runs_at_once_the_answer_is_429_with_a_time_to_come_again(strict):

@@ -217,6 +217,11 @@ def test_a_file_that_cannot_be_executed_is_126_and_one_that_is_not_there_127(jha
         assert answer.returncode == status
         assert len(answer.stderr.splitlines()) == 1
         assert name in answer.stderr
+    # Said before a rootfs is built for it.
+    for line in (["exec", "--rootfs", "recipe", "box", "missing.py"], ["run", "missing.py"]):
+        answer = jhansi(*line)
+        assert (answer.returncode, answer.stdout) == (127, "")
+        assert answer.stderr.startswith("jhansi-run: error: 'missing.py' is not ")
 
 
 def test_after_filename_every_argument_is_the_programs_byte_for_byte(jhansi, program):
@@ -433,8 +438,10 @@ def test_ctrl_c_ends_a_command_of_ours_quietly(start):
     assert process.returncode == 130
 
 
-def test_ctrl_c_ends_the_build_that_a_first_exec_began(start, jhansi):
+def test_ctrl_c_ends_the_build_that_a_first_exec_began(start, jhansi, tmp_path):
+    (tmp_path / "main.py").write_text("")
     jhansi("create", "--name", "first")
+    jhansi("put", "first", tmp_path / "main.py")
     process = start("exec", "first", "main.py")
     assert process.stderr.readline().startswith("jhansi-run: building")
     process.send_signal(signal.SIGINT)

@@ -334,6 +334,13 @@ def test_a_removal_whose_answer_was_lost_has_been_done():
             sandbox.delete()
 
 
+def test_a_sandbox_in_use_is_removed_as_soon_as_it_is_not():
+    with a_sandbox(problem(409, "in use"), problem(409, "in use"), Answer(204)) as (server, sandbox):
+        with sandbox:
+            pass
+        assert server.lines() == ["DELETE /v1/sandboxes/sb_1"] * 3
+
+
 def test_a_conditional_write_is_sent_once():
     with a_sandbox(NO_ANSWER) as (server, sandbox):
         with pytest.raises(errors.HostError):
@@ -364,7 +371,7 @@ def test_what_cannot_be_read_twice_is_not_sent_twice():
 # --- events ---
 
 STREAM = (
-    b"\xef\xbb\xbf: a comment\r\nevent: stdout\r\nid: 7\r\ndata: one\r\ndata:  two\r\n\r\n"
+    b"\xef\xbb\xbfevent: stdout\r\n: a comment\r\nid: 7\r\ndata: one\r\ndata:  two\r\n\r\n"
     b"data\n\nevent: unused\n\nid\ndata: x\rdata:\xc3\xa9\r\rretry: 5\nevent: cut off\ndata: never sent\n"
 )
 EVENTS = [("stdout", "one\n two", "7"), ("message", "", "7"), ("message", "x\né", "")]
@@ -554,13 +561,17 @@ def test_output_comes_while_the_job_runs_and_leaving_ends_it(sandbox):
         started, first = next(stream), next(stream)
         assert isinstance(started, Started)
         assert first == Output("stdout", "first\n")
+    assert wait_until_unused(sandbox), "the job went on without its listener"
+
+
+def wait_until_unused(sandbox):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with contextlib.suppress(errors.ConflictError):  # in use until the job has ended
             sandbox.delete()
-            return
+            return True
         time.sleep(0.1)
-    pytest.fail("the job went on without its listener")
+    return False
 
 
 def test_a_job_s_input_arguments_and_failure(sandbox):

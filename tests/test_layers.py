@@ -72,7 +72,7 @@ TABLE = {
     ),
     "api": May(
         f"{BASE} runtime workspace runs keys detached background engine logs",
-        "litestar msgspec multipart prometheus_client",
+        "anyio litestar msgspec multipart prometheus_client",
     ),
     # It speaks to a server, and knows nothing of what is behind that.
     "client": May("errors spec paths", "anyio httpx msgspec"),

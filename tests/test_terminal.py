@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import socket as sockets
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from websockets.typing import Subprotocol
 
 WAIT = 20  # seconds, for what takes a fraction of one
 MIB = 1024 * 1024
+MISSING = "sb_0000000000000000"
 # Starts the server as `jhansi-run serve` does, but one that loses patience with a stalled client within a second.
 IMPATIENT = """
 import sys
@@ -43,6 +46,17 @@ tty.setraw(0)
 os.write(1, b"ready")
 signal.signal(signal.SIGUSR1, lambda *_: None)
 time.sleep(600)
+""",
+    "echo.py": """
+import os, sys, tty
+tty.setraw(0)
+os.write(1, b"ready")
+left = int(sys.argv[1])
+while left:
+    content = os.read(0, left)
+    left -= len(content)
+    while content:
+        content = content[os.write(1, content) :]
 """,
     "flood.py": "import os\nwhile True: os.write(1, b'x' * 4000)\n",
     # Takes as long as it may to end, and leaves a child that would live on.
@@ -69,7 +83,7 @@ def main(screen):
             open(sys.argv[1], "w").write(text)
         elif key == 24:
             return
-        elif key == 127:
+        elif key in (127, curses.KEY_BACKSPACE):
             text = text[:-1]
         elif key != curses.KEY_RESIZE:
             text += chr(key)
@@ -104,6 +118,7 @@ class Server:
             assert self.process.wait(WAIT) == 0, "".join(self.lines)
         finally:
             self.process.kill()
+            self.process.wait()
             self._reader.join()
             self.process.stderr.close()
 
@@ -128,8 +143,9 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def jobs(self):
-        """The processes of jobs: the launcher is the server's only child, and they are its descendants."""
-        return [process for child in psutil.Process(self.process.pid).children() for process in child.children(True)]
+        """The processes of jobs. Those of the launcher that wait for one have no command line."""
+        launcher = psutil.Process(self.process.pid).children()
+        return [one for one in self.descendants() if one not in launcher and any(_command_line(one))]
 
     def descriptors(self):
         return sorted(
@@ -196,6 +212,13 @@ def _link(path):
         return os.readlink(path)
     except FileNotFoundError:  # closed meanwhile
         return ""
+
+
+def _command_line(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # ended meanwhile
+        return []
 
 
 def eventually(condition):
@@ -333,7 +356,7 @@ def test_a_resize_reaches_the_job_as_a_signal(server, box):
 
 
 def test_the_type_of_the_terminal_can_be_said(server, box):
-    with server.open(box, "command=sh&command=-c&command=echo $TERM; exit 7&term=vt100") as terminal:
+    with server.open(box, "command=sh&command=-c&command=echo%20$TERM%3Bexit%207&term=vt100") as terminal:
         assert terminal.closed() == (1000, "")
         assert (terminal.screen, terminal.exit["exit_code"]) == (b"vt100\r\n", 7)
 
@@ -346,38 +369,38 @@ def test_all_that_was_written_before_the_end_arrives_in_order(server, box):
 
 def test_every_byte_goes_both_ways(server, box):
     content = bytes(range(256)) * 2000
-    program = f"import os, tty; tty.setraw(0); os.write(1, b'+')\nn = {len(content)}\n"
-    program += "while n: n -= len(d := os.read(0, n)); os.writev(1, [d])"
-    with server.open(box) as terminal:
-        terminal.until(re.escape(PROMPT))
-        terminal.type(f'python3 -c "{program}"'.replace("\n", "\x16\n").encode() + b"; exit\r")
-        terminal.until(rb"\+")
+    with server.open(box, f"command=python3&command=echo.py&command={len(content)}") as terminal:
+        terminal.until(rb"ready")
         sender = threading.Thread(target=terminal.type, args=(content,))
         sender.start()
-        assert terminal.closed()[0] == 1000
+        assert terminal.closed() == (1000, "")
         sender.join()
-        assert terminal.screen.startswith(content)
+        assert terminal.screen == content
 
 
 # --- what ends it otherwise -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("program", ["", "command=python3&command=stubborn.py"])
-@pytest.mark.parametrize("leave", ["close", "reset"])
+@pytest.mark.parametrize("leave", ["close", "vanish"])
 def test_a_client_that_leaves_ends_the_job_and_all_it_started(server, program, leave):
     box = server.box()
+    with server.open(box, "command=true") as terminal:
+        terminal.closed()
+    idle = len(server.descendants())
     with server.open(box, program) as terminal:
         terminal.until(rb"ready" if program else re.escape(PROMPT))
         if not program:
             terminal.type(b"sleep 500 &\r")
             terminal.until(re.escape(PROMPT))
         assert server.jobs()
-        if leave == "reset":
-            reset(terminal.socket)
-    eventually(lambda: server.ended(box))
+        if leave == "vanish":
+            vanish(terminal.socket)
+    eventually(lambda: len(server.ended(box)) == 2)
 
-    assert server.ended(box)[0]["status"] in {"cancelled", "signaled", "exited"}
-    eventually(lambda: server.jobs() == [])
+    assert server.ended(box)[1]["status"] in {"cancelled", "signaled", "exited"}
+    assert server.jobs() == []
+    eventually(lambda: len(server.descendants()) <= idle)
 
 
 def test_a_client_that_takes_nothing_costs_no_memory_and_holds_up_nobody(server, box):
@@ -385,7 +408,7 @@ def test_a_client_that_takes_nothing_costs_no_memory_and_holds_up_nobody(server,
     with server.open(box) as terminal, server.http as http:  # what a terminal loads at all is loaded
         terminal.until(re.escape(PROMPT))
         before = memory().rss
-        with server.open(box, "command=python3&command=flood.py", max_queue=1):
+        with server.open(box, "command=python3&command=flood.py", max_queue=1, close_timeout=0.1):
             for _ in range(30):
                 began = time.monotonic()
                 assert http.get(f"/v1/sandboxes/{box}").status_code == 200
@@ -412,13 +435,14 @@ def test_what_a_job_does_not_read_waits_with_the_client(server, box):
 
         typing = threading.Thread(target=type_on)
         typing.start()
-        time.sleep(2)
-        stopped_at = sent
-        time.sleep(0.5)
-        assert sent == stopped_at
+        seen = None
+        while seen != sent:  # the kernel's own buffers grow for a while
+            seen = sent
+            time.sleep(1)
+        assert 0 < sent < 32 * MIB
         assert http.get(f"/v1/sandboxes/{box}").status_code == 200
         assert memory().rss - before < 32 * MIB
-        reset(terminal.socket)
+        vanish(terminal.socket)
         typing.join()
     eventually(lambda: server.jobs() == [])
 
@@ -426,7 +450,7 @@ def test_what_a_job_does_not_read_waits_with_the_client(server, box):
 def test_a_client_that_takes_nothing_for_too_long_is_given_up(environment, tmp_path):
     with serving(environment, f"--socket={tmp_path}/a.sock", program=("-c", IMPATIENT)) as server:
         box = server.box()
-        with server.open(box, "command=python3&command=flood.py", max_queue=1):
+        with server.open(box, "command=python3&command=flood.py", max_queue=1, close_timeout=0.1):
             eventually(lambda: server.ended(box))
             assert server.ended(box)[0]["status"] in {"signaled", "cancelled"}
             eventually(lambda: server.descriptors() == [])
@@ -491,15 +515,21 @@ def test_a_bad_query_is_refused_by_name(server, box, query):
 
 
 def test_what_is_not_there_is_refused_before_the_handshake(server):
-    problem = refusal(server, "sb_0000000000000000", 404)
+    problem = refusal(server, MISSING, 404)
     assert problem["title"] == "Not Found"
-    assert not [line for line in server.lines if "handshake" in line]
 
 
-@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}])
-def test_a_page_of_another_origin_is_refused(server, box, headers):
-    options = {"origin": headers["Origin"]} if "Origin" in headers else {"additional_headers": headers}
-    refusal(server, box, 403, **options)
+def test_a_page_of_another_origin_is_refused(server, box):
+    assert "origin" in refusal(server, box, 403, origin="http://evil.example")["detail"]
+
+
+def test_a_page_that_reached_us_by_a_name_of_its_own_is_refused(server, box):
+    headers = {"Host": "evil.example", "Connection": "Upgrade", "Upgrade": "websocket"}
+    headers |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    with server.http as http:
+        answer = http.get(f"/v1/sandboxes/{box}/terminal", headers=headers)
+    assert answer.status_code == 403
+    assert "Host" in answer.json()["detail"]
 
 
 def test_a_page_of_the_servers_own_is_let_in(server, box):
@@ -534,13 +564,14 @@ def keyed(runtime_environment, tmp_path_factory):
     def create(*words):
         argv = [sys.executable, "-m", "jhansi_runtime", "keys", "create", *words]
         answer = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
-        return re.search(r"jk_\w+", answer.stdout)[0]
+        return re.search(r"jk_\S+", answer.stdout)[0]
 
     own = create("--scope=read", "--scope=write", "--scope=exec", "--max-execs=1")
     other = create("--scope=read", "--scope=write", "--scope=exec")
     reader = create("--scope=read")
     with serving(environment, f"--socket={home}/a.sock") as server, server.http as http:
         answer = http.post("/v1/sandboxes", json={"rootfs": "host"}, headers={"Authorization": f"Bearer {own}"})
+        assert answer.status_code == 201, answer.text
         yield server, answer.json()["id"], own, other, reader
 
 
@@ -557,7 +588,8 @@ def test_a_key_opens_a_terminal_in_a_sandbox_of_its_own(keyed):
     assert refusal(server, box, 401)["title"] == "Unauthorized"
     refusal(server, box, 401, **bearer("jk_wrong"))
     refusal(server, box, 403, **bearer(reader))
-    assert refusal(server, box, 404, **bearer(other))["detail"] == refusal(server, box, 404, **bearer(other))["detail"]
+    theirs, nobodys = refusal(server, box, 404, **bearer(other)), refusal(server, MISSING, 404, **bearer(other))
+    assert theirs["detail"].replace(box, MISSING) == nobodys["detail"]
 
 
 def test_a_key_can_be_sent_as_a_subprotocol_and_is_not_sent_back(keyed):
@@ -592,11 +624,7 @@ def refusal(server, box, status, query="", **options):
     return json.loads(response.body)
 
 
-def reset(socket):
-    """Be gone, as a client that was killed."""
-    import socket as sockets
-    import struct
-
+def vanish(socket):
+    """Be gone without a word, as a client that was killed."""
     socket.socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
-    socket.socket.shutdown(sockets.SHUT_RD)
-    socket.socket.close()
+    socket.socket.shutdown(sockets.SHUT_RDWR)  # the library's thread then closes it

@@ -25,6 +25,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 
 from jhansi_runtime.api import execs, files, operations, runs, sandboxes, terminal
 from jhansi_runtime.api.access import admit
+from jhansi_runtime.api.document import tell_records
 from jhansi_runtime.api.problems import EXCEPTION_HANDLERS
 from jhansi_runtime.api.routes import Document, JsonRequest, caller_of, runtime_of, service_of
 from jhansi_runtime.api.service import Service
@@ -54,7 +55,7 @@ def create_app(runtime: Runtime, *, keys: KeyStore | None, settings: ServerSetti
                 await housekeeping
             await service.close()
 
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             *sandboxes.ROUTES,
             *files.ROUTES,
@@ -81,6 +82,8 @@ def create_app(runtime: Runtime, *, keys: KeyStore | None, settings: ServerSetti
             path="/v1/openapi",  # Litestar's own page; operations.py has the ones that are promised
             render_plugins=[JsonRenderPlugin(path="/openapi.json")],
             components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
-            security=[{"key": []}, {}],
+            security=None if keys is None else [{"key": []}],
         ),
     )
+    tell_records(app.openapi_schema)
+    return app

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
+    OpenAPI,
     OpenAPIFormat,
     OpenAPIHeader,
     OpenAPIMediaType,
@@ -25,9 +27,10 @@ from litestar.openapi.spec import (
     Schema,
 )
 
+from jhansi_runtime import spec
 from jhansi_runtime.spec import Problem
 
-__all__ = ["BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "described", "nothing"]
+__all__ = ["BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "described", "nothing", "tell_records"]
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -60,7 +63,7 @@ _HEADERS = {
     "Retry-After": (Schema(type=OpenAPIType.INTEGER, minimum=1), True, "seconds after which to try again"),
     "WWW-Authenticate": (TEXT, True, "`Bearer`: how a key is sent"),
 }
-_HEADERS_OF_PROBLEMS = {HTTPStatus.UNAUTHORIZED: ["WWW-Authenticate"], HTTPStatus.TOO_MANY_REQUESTS: ["Retry-After"]}
+_HEADERS_OF_PROBLEMS = {401: ["WWW-Authenticate"], 429: ["Retry-After"]}
 _PROBLEMS = {
     400: "the request is malformed, or a parameter or body cannot be read",
     401: "a key is needed, or the one that was sent is not valid",
@@ -74,6 +77,27 @@ _PROBLEMS = {
     503: "this host cannot isolate; `detail` says what mends it",
     507: "there is no room on the disk",
 }
+# What the types of a record cannot say.
+_RULES: Mapping[str, dict[str, Any]] = {
+    "SandboxBody": {},
+    "SandboxChange": {},
+    "ExecBody": {
+        "oneOf": [
+            {
+                "required": ["filename"],
+                "properties": {"filename": {"type": "string"}, "command": {"maxItems": 0}},
+            },
+            {
+                "required": ["command"],
+                "properties": {
+                    "filename": {"type": "null"},
+                    "command": {"minItems": 1, "prefixItems": [{"pattern": "^[^/\\u0000]+$|^/.*[^/]$"}]},
+                    "args": {"maxItems": 0},
+                },
+            },
+        ]
+    },
+}
 _OF_ACCESS = (401, 403)
 
 
@@ -86,13 +110,14 @@ def described(
     takes: Mapping[str, Schema] | None = None,
     reads: Mapping[str, str] | None = None,
     needs_key: bool = True,
+    may_be_empty: bool = False,
 ) -> dict[str, Any]:
     """Arguments for the decorator of a route.
 
     problems are the statuses of its problem documents, beyond those of access.py; also is what it may answer beside its
     usual answer; headers and media are, by status, the headers that are always sent and the media types that the
     signature does not tell of; takes are the media types of a body that is not JSON, reads the request headers that the
-    signature does not name, with what they are for.
+    signature does not name, with what they are for. may_be_empty says that the body may be left out.
     """
     failures = {
         status: ResponseSpec(
@@ -100,15 +125,17 @@ def described(
         )
         for status in sorted({*(_OF_ACCESS if needs_key else ()), *problems})
     }
-    all_headers = {**_HEADERS_OF_PROBLEMS, **(headers or {})}
+    all_headers: dict[int, list[str]] = {**_HEADERS_OF_PROBLEMS, **(headers or {})}
 
     @dataclass
     class Described(Operation):
         def __post_init__(self) -> None:
             self.responses = dict(_answers(self.responses or {}, problems, all_headers, media or {}))
             self.parameters = [*map(_sendable, self.parameters or ()), *_headers_read(reads or {})]
+            if not needs_key:
+                self.security = []
             if takes is not None:
-                self.request_body = RequestBody(_content(takes), required=True)
+                self.request_body = RequestBody(_content(takes), required=not may_be_empty)
 
     return {"operation_id": operation_id, "operation_class": Described, "responses": failures | dict(also or {})}
 
@@ -116,6 +143,18 @@ def described(
 def nothing(description: str) -> ResponseSpec:
     """An answer without a body."""
     return ResponseSpec(None, description=description)
+
+
+def tell_records(document: OpenAPI) -> None:
+    """Put the records of spec.py in, as msgspec tells of them: with what they forbid, which Litestar leaves out."""
+    schemas = document.components.schemas
+    records = [getattr(spec, name) for name in schemas]
+    _, told = msgspec.json.schema_components(records, ref_template="#/components/schemas/{name}")
+    for name, rules in _RULES.items():
+        told[name] |= rules
+        told[name]["properties"]["limits"] = {"$ref": "#/components/schemas/Limits"}  # those that are to differ
+    schemas.clear()
+    schemas.update(told)
 
 
 def _header(name: str) -> OpenAPIHeader:

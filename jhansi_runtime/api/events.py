@@ -12,7 +12,6 @@ import codecs
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 from jhansi_runtime.api.service import Service
@@ -23,7 +22,8 @@ __all__ = ["MEDIA_TYPE", "NOT_STORED", "events", "frames"]
 
 MEDIA_TYPE = "text/event-stream"
 NOT_STORED = {"Cache-Control": "no-store"}
-_AT_ONCE = 8  # frames of 64 KiB at most that one reader holds
+_AT_ONCE = 64 * 1024  # bytes that one reader holds, or one frame of more
+_EACH = 512  # bytes that a frame counts for beyond its data
 _SILENCE = 15.0  # seconds after which a comment is sent, so that whoever is between does not give the reader up
 
 
@@ -81,7 +81,13 @@ async def events(
 
 
 def _some(service: Service, run_id: str, after: int) -> list[Frame]:
-    return list(islice(service.runs.frames(run_id, after), _AT_ONCE))
+    some, held = [], 0
+    for frame in service.runs.frames(run_id, after):
+        some.append(frame)
+        held += len(frame.data) + _EACH
+        if held >= _AT_ONCE:
+            break
+    return some
 
 
 def _event(name: str, value: Any, position: int | None = None) -> bytes:  # noqa: ANN401 - any record

@@ -4,8 +4,8 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from litestar import Response, post
-from msgspec import structs
 from litestar.openapi.datastructures import ResponseSpec
+from msgspec import structs
 
 from jhansi_runtime.api.access import Caller
 from jhansi_runtime.api.document import TEXT, described
@@ -14,6 +14,7 @@ from jhansi_runtime.api.routes import AnyRequest, Document, Sent, cancelled_when
 from jhansi_runtime.api.service import Control, Service, end
 from jhansi_runtime.background import run_detached
 from jhansi_runtime.engine import Streams
+from jhansi_runtime.errors import InvalidRequestError
 from jhansi_runtime.runs import new_run_id
 from jhansi_runtime.runtime import Runtime
 from jhansi_runtime.spec import ExecBody, ExecRequest, ExecResult, RunInfo
@@ -51,6 +52,7 @@ async def exec_(
     A program that fails is no error: its failure is in the result. Accept: text/event-stream asks for events as they
     come (start, stdout, stderr, end); with `detach` the answer is 202 with the run, which goes on without its caller.
     """
+    _check(data)
     wanted = ExecRequest(
         sandbox=sandbox_id, **{field: getattr(data, field) for field in data.__struct_fields__ if field != "detach"}
     )
@@ -71,6 +73,17 @@ async def exec_(
 
 
 ROUTES = (exec_,)
+
+
+def _check(data: ExecBody) -> None:
+    """Refuse what no program can be given, before anything begins: a caller who has left would not hear of it."""
+    if data.command and not data.command[0]:
+        raise InvalidRequestError("command: its first word names no program")
+    if not all(name and "=" not in name for name in data.env):
+        raise InvalidRequestError("env: a name is empty or holds a `=`")
+    for field, words in (("command", data.command), ("args", data.args), ("env", [*data.env, *data.env.values()])):
+        if any("\0" in word for word in words):
+            raise InvalidRequestError(f"{field}: a NUL byte cannot be passed to a program")
 
 
 async def _result(

@@ -7,13 +7,14 @@ piece that is under way, and no thread waits for a caller: each piece goes to th
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from io import FileIO
 from tempfile import TemporaryFile
 from typing import Annotated, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from litestar import Response, delete, get, head, post, put
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, Parameter, QueryParameter
 from litestar.response import Stream
 from multipart import (  # type: ignore[import-untyped] # it ships none
     MultipartError,
@@ -24,12 +25,12 @@ from multipart import (  # type: ignore[import-untyped] # it ships none
 
 from jhansi_runtime.api.document import BYTES, FORM, described, nothing
 from jhansi_runtime.api.ranges import is_unchanged, requested
-from jhansi_runtime.api.routes import AnyRequest, Document, Sent
+from jhansi_runtime.api.routes import AnyRequest, Close, Document, Sent
 from jhansi_runtime.api.service import Service
 from jhansi_runtime.errors import InvalidRequestError, TooLargeError
 from jhansi_runtime.runtime import Runtime
-from jhansi_runtime.spec import FileInfo, Unarchived
-from jhansi_runtime.workspace import Opened, Upload
+from jhansi_runtime.spec import PATH_PATTERN, FileInfo, Unarchived
+from jhansi_runtime.workspace import Opened, Upload, explained
 
 __all__ = ["ROUTES"]
 
@@ -44,9 +45,23 @@ _FILES = "/v1/sandboxes/{sandbox_id:str}/files"
 _FILE = "/v1/sandboxes/{sandbox_id:str}/files/{path:path}"
 _ARCHIVE = "/v1/sandboxes/{sandbox_id:str}/archive"
 
-Folder = Annotated[str, Parameter(query="path", description="a folder of the workspace")]
-IfMatch = Annotated[str | None, Parameter(header="If-Match", description="write only over what has this ETag")]
-IfNoneMatch = Annotated[str | None, Parameter(header="If-None-Match", description="`*`: write only what is not there")]
+Folder = Annotated[
+    str,
+    QueryParameter(
+        name="path", schema_extra={"pattern": "^$|" + PATH_PATTERN}, description="a folder of the workspace"
+    ),
+]
+FilePath = Annotated[
+    str,
+    Parameter(schema_extra={"pattern": PATH_PATTERN}, description="relative to the workspace; `/` need not be escaped"),
+]
+IfMatch = Annotated[str | None, HeaderParameter(name="If-Match", description="write only over what has this ETag")]
+IfNoneMatch = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-None-Match", schema_extra={"enum": ["*"]}, description="`*`: write only what is not there"
+    ),
+]
 
 
 @get(_FILES, opt={"needs": "read"}, summary="List files", **described("listFiles", 404, 409, 422))
@@ -130,7 +145,7 @@ async def upload(
         },
     ),
 )
-async def download(request: AnyRequest, service: Service, runtime: Runtime, sandbox_id: str, path: str) -> Stream:  # noqa: ARG001 - the path is read as it was sent
+async def download(request: AnyRequest, service: Service, runtime: Runtime, sandbox_id: str, path: FilePath) -> Stream:  # noqa: ARG001 - the path is read as it was sent
     """The bytes of one file, or the Range of them that is asked for; 304 when the caller has them (If-None-Match)."""
     opening = _in_threads(service, runtime.opened(sandbox_id, _path(request)))
     async with AsyncExitStack() as stack:
@@ -138,17 +153,19 @@ async def download(request: AnyRequest, service: Service, runtime: Runtime, sand
         kept = stack.pop_all()
     size, headers = opened.info.size, _headers(opened)
     if is_unchanged(request.headers, opened.etag):
+        await kept.aclose()
         return Sent(_nothing(), kept.aclose, service, status_code=_NOT_MODIFIED, media_type=_BINARY, headers=headers)
     try:
         span = requested(request.headers, size, opened.etag)
     except ValueError:
+        await kept.aclose()
         headers["Content-Range"] = f"bytes */{size}"
         return Sent(_nothing(), kept.aclose, service, status_code=_NOT_SATISFIABLE, media_type=_BINARY, headers=headers)
     start, end = span or (0, size)
     headers["Content-Length"] = str(end - start)
     if span:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    content = _pieces(service, opened.chunks(start, end))
+    content = _pieces(service, opened.chunks(start, end), kept.aclose)
     status = _PARTIAL if span else _OK
     return Sent(content, kept.aclose, service, status_code=status, media_type=_BINARY, headers=headers)
 
@@ -168,7 +185,13 @@ async def download(request: AnyRequest, service: Service, runtime: Runtime, sand
         reads={"If-None-Match": "ETags that the caller has: 304 when the file still has one of them"},
     ),
 )
-async def look(request: AnyRequest, service: Service, runtime: Runtime, sandbox_id: str, path: str) -> Response[None]:  # noqa: ARG001 - likewise
+async def look(
+    request: AnyRequest,
+    service: Service,
+    runtime: Runtime,
+    sandbox_id: str,
+    path: FilePath,  # noqa: ARG001 - likewise
+) -> Response[None]:
     """The headers that GET would answer with."""
     async with _in_threads(service, runtime.opened(sandbox_id, _path(request))) as opened:
         headers = {**_headers(opened), "Content-Length": str(opened.info.size)}
@@ -192,6 +215,7 @@ async def look(request: AnyRequest, service: Service, runtime: Runtime, sandbox_
         also={_CREATED: ResponseSpec(FileInfo, generate_examples=False, description="it was not there before")},
         headers={_OK: ["ETag"], _CREATED: ["ETag"]},
         takes={_BINARY: BYTES},
+        may_be_empty=True,
     ),
 )
 async def write(
@@ -199,7 +223,7 @@ async def write(
     service: Service,
     runtime: Runtime,
     sandbox_id: str,
-    path: str,  # noqa: ARG001 - likewise
+    path: FilePath,  # noqa: ARG001 - likewise
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response[FileInfo]:
@@ -217,7 +241,7 @@ async def write(
 
 
 @delete(_FILE, opt={"needs": "write"}, summary="Remove a file", **described("removeFile", 404, 409, 422))
-async def remove(request: AnyRequest, service: Service, runtime: Runtime, sandbox_id: str, path: str) -> None:  # noqa: ARG001 - likewise
+async def remove(request: AnyRequest, service: Service, runtime: Runtime, sandbox_id: str, path: FilePath) -> None:  # noqa: ARG001 - likewise
     """Remove a file, or a folder with all that is in it."""
     await service.in_thread(runtime.remove_file, sandbox_id, _path(request))
 
@@ -236,7 +260,7 @@ async def pack(sandbox_id: str, service: Service, runtime: Runtime) -> Stream:
     async def close() -> None:
         await service.in_thread(archive.close)
 
-    return Sent(_pieces(service, archive), close, service, media_type=_TAR)
+    return Sent(_pieces(service, archive, close), close, service, media_type=_TAR)
 
 
 @put(
@@ -249,10 +273,11 @@ async def pack(sandbox_id: str, service: Service, runtime: Runtime) -> Stream:
 async def unpack(sandbox_id: str, request: AnyRequest, service: Service, runtime: Runtime) -> Unarchived:
     """Unpack a tar (plain, gzip, xz or zstd) over what is there, all of it or nothing."""
     await service.in_thread(runtime.sandbox, sandbox_id)
-    # Unpacked by a thread that reads it, which must not wait for the caller: so all of it comes to the disk first.
-    with TemporaryFile(buffering=0) as spooled:
+    # Unpacked by a thread that reads it, which must not wait for the caller: so all of it comes to the disk first, to
+    # that of the workspaces, for /tmp is the host's memory on many.
+    async with _in_threads(service, TemporaryFile(buffering=0, dir=runtime.paths.workspaces)) as spooled:
         async for piece in _body(request, service):
-            await service.in_thread(spooled.write, piece)
+            await service.in_thread(_append, spooled, piece)
         spooled.seek(0)
         unpacked = await service.in_thread(runtime.unarchive, sandbox_id, spooled)
     return Unarchived(members=unpacked.members, bytes=unpacked.contents, left_out=list(unpacked.inert))
@@ -273,6 +298,13 @@ async def _body(request: AnyRequest, service: Service) -> AsyncIterator[bytes]:
             raise TooLargeError(f"the body is larger than {service.settings.max_upload} bytes")
         yield piece
     service.telemetry.note_bytes("upload", count)
+
+
+def _append(file: FileIO, piece: bytes) -> None:
+    rest = memoryview(piece)
+    with explained("archive"):
+        while rest:  # one write stops short where the disk becomes full, and the next says so
+            rest = rest[file.write(rest) :]
 
 
 async def _events(
@@ -315,10 +347,16 @@ def _headers(opened: Opened) -> dict[str, str]:
     return {"ETag": opened.etag, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"}
 
 
-async def _pieces(service: Service, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    while (chunk := await service.in_thread(next, chunks, None)) is not None:
+async def _pieces(service: Service, chunks: Iterator[bytes], close: Close) -> AsyncIterator[bytes]:
+    """The pieces as they are read. By the time that the last is sent, nothing is held any more."""
+    ahead = await service.in_thread(next, chunks, None)
+    while ahead is not None:
+        chunk, ahead = ahead, await service.in_thread(next, chunks, None)
+        if ahead is None:
+            await close()
         service.telemetry.note_bytes("download", len(chunk))
         yield chunk
+    await close()
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -22,6 +22,10 @@ __all__ = ["ROUTES"]
 _UNAVAILABLE = 503
 _MOST_RECORDS = 10_000
 
+Since = Annotated[
+    str | None,
+    Parameter(schema_extra={"format": "date-time"}, description="those from this instant on: 2026-01-31T12:00:00Z"),
+]
 Limit = Annotated[int, Parameter(ge=1, le=_MOST_RECORDS, description="how many at most: the newest")]
 
 
@@ -58,7 +62,7 @@ async def audit(
     runtime: Runtime,
     sandbox: str | None = None,
     run: str | None = None,
-    since: str | None = None,
+    since: Since = None,
     limit: Limit = 1000,
 ) -> list[dict[str, Any]]:
     """The newest records, oldest first: of one sandbox or run, from an instant on."""

@@ -20,6 +20,7 @@ from jhansi_runtime.spec import FieldProblem, Problem, to_json
 __all__ = ["EXCEPTION_HANDLERS", "problem"]
 
 _UNPROCESSABLE = 422
+_HAS_LEFT = "client disconnected prematurely"  # how Litestar tells of a caller who leaves in the midst of a body
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
 _WITHIN = re.compile(r"(?:at `\$\.|unknown field `)([^`]+)`")  # which field of a record, as msgspec tells it
 
@@ -59,6 +60,8 @@ def _of_the_framework(request: AnyRequest, error: HTTPException) -> Response[byt
         errors = [_field(str(field.get("key", "")), str(field.get("message", ""))) for field in fields]
         detail = "; ".join(f"{one.field}: {one.message}" for one in errors)
         return _response(problem(_UNPROCESSABLE, detail, errors))
+    if error.detail == _HAS_LEFT:  # nobody reads the answer
+        return _response(problem(HTTPStatus.BAD_REQUEST, "the body is not whole"))
     if error.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
         return _unexpected(request, error)
     return _response(problem(error.status_code, error.detail), dict(error.headers or {}))

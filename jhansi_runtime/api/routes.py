@@ -16,10 +16,23 @@ from jhansi_runtime.api.service import Service
 from jhansi_runtime.runtime import Runtime
 from jhansi_runtime.spec import to_json
 
-__all__ = ["AnyRequest", "Document", "JsonRequest", "Sent", "caller_of", "cancelled_when_left", "exact", "runtime_of", "service_of"]
+__all__ = [
+    "AnyRequest",
+    "Close",
+    "Document",
+    "JsonRequest",
+    "Sent",
+    "caller_of",
+    "cancelled_when_left",
+    "exact",
+    "runtime_of",
+    "service_of",
+]
 
 AnyRequest = Request[Any, Any, Any]
 _MALFORMED = 400
+
+Close = Callable[[], Coroutine[Any, Any, None]]  # may be called again
 
 _Record = TypeVar("_Record")
 
@@ -55,7 +68,7 @@ class Sent(Stream):
     def __init__(
         self,
         pieces: AsyncIterator[bytes],
-        close: Callable[[], Coroutine[Any, Any, None]],
+        close: Close,
         service: Service,
         **options: Any,  # noqa: ANN401 - those of Stream
     ) -> None:

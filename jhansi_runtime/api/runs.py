@@ -1,10 +1,11 @@
 """/v1/runs: detached runs, which go on without whoever began them: how they stand, what they wrote, and their end."""
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from litestar import Response, delete, get
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, Parameter
 from litestar.response import Stream
 
 from jhansi_runtime.api.access import Caller
@@ -21,7 +22,9 @@ __all__ = ["ROUTES"]
 _ACCEPTED, _GONE = 202, 204
 _BINARY = "application/octet-stream"
 
-LastEventId = Annotated[str | None, Parameter(header="Last-Event-ID", description="resume after the event of that id")]
+LastEventId = Annotated[
+    str | None, HeaderParameter(name="Last-Event-ID", description="resume after the event of that id")
+]
 Offset = Annotated[int, Parameter(ge=0, description="bytes of the stream to leave out")]
 
 
@@ -91,11 +94,12 @@ ROUTES = (list_, show, output, cancel)
 
 
 async def _found(service: Service, caller: Caller, run_id: str) -> RunInfo:
-    """The run, if it is the caller's; that of another is not there."""
-    info = await service.in_thread(service.runs.find, run_id)
-    if caller.owner is not None and info.owner != caller.owner:
-        raise NotFoundError("there is no such run")
-    return info
+    """The run, if it is the caller's; that of another is not there, and in the very same words."""
+    with suppress(NotFoundError):
+        info = await service.in_thread(service.runs.find, run_id)
+        if caller.owner in {None, info.owner}:
+            return info
+    raise NotFoundError("there is no such run", remedy="give the full id of a detached run that was not forgotten")
 
 
 def _position(last_event_id: str | None) -> int:

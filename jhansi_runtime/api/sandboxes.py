@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from litestar import Response, delete, get, patch, post
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, Parameter
 from msgspec import UNSET, structs
 
 from jhansi_runtime.api.access import Caller
@@ -20,10 +20,17 @@ _MOST_IN_A_PAGE = 1000
 _DELETE_SOMETHING = 60.0  # seconds; how soon a key will have fewer sandboxes nobody knows
 
 Limit = Annotated[int, Parameter(ge=1, le=_MOST_IN_A_PAGE, description="how many at most")]
+LabelsWanted = Annotated[
+    list[str] | None,
+    Parameter(
+        schema_extra={"items": {"type": "string", "pattern": "^[^=]+="}},
+        description="K=V: those with this label; may be repeated",
+    ),
+]
 IdempotencyKey = Annotated[
     str | None,
-    Parameter(
-        header="Idempotency-Key",
+    HeaderParameter(
+        name="Idempotency-Key",
         max_length=256,
         description="of two creates with the same key the second returns what the first made",
     ),
@@ -58,7 +65,7 @@ async def list_(
     runtime: Runtime,
     limit: Limit = 100,
     cursor: str | None = None,
-    label: list[str] | None = None,
+    label: LabelsWanted = None,
 ) -> SandboxPage:
     """Oldest first, page by page: `next_cursor` is the `cursor` of the next page. Each `label` is K=V."""
     wanted = dict(_label(text) for text in label or [])

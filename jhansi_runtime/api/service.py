@@ -208,12 +208,15 @@ class Service:
         return Health(live=True, ready=True, detail="a program was run in a container")
 
     async def keep_house(self) -> None:
-        """Remove what is past its time, until cancelled."""
+        """Remove what is past its time and what the killed have left, at once and ever again, until cancelled."""
         while True:
+            try:
+                for sandbox in await self.in_thread(self.runtime.collect_garbage):
+                    await self.in_thread(self.runs.forget_sandbox, sandbox.id)
+                await self.in_thread(self.runs.sweep, self.settings.keep_runs_for, self.settings.keep_runs)
+            except (JhansiError, OSError) as error:  # a full disk, say: the next time may do better
+                self.telemetry.note_defect(error)
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            for sandbox in await self.in_thread(self.runtime.collect_garbage):
-                await self.in_thread(self.runs.forget_sandbox, sandbox.id)
-            await self.in_thread(self.runs.sweep, self.settings.keep_runs_for, self.settings.keep_runs)
 
     async def close(self) -> None:
         """End every exec under way, and wait for them and for all that is being written."""

@@ -57,6 +57,7 @@ __all__ = ["ROUTES"]
 
 SUBPROTOCOL = "jhansi.terminal"
 STALLED_SECONDS = 60.0  # for which a client may take nothing of what is sent
+PROBE_SECONDS = 2.0  # after which a client whose typing waits for the job is asked whether it is still there
 CHUNK = 1 << 16
 RETRY_AFTER = 1.0
 
@@ -146,18 +147,21 @@ class _Pty:
             chunk += some
         return bytes(chunk)
 
-    async def write(self, content: bytes) -> None:
-        """Type: returns when the terminal has taken all of it, which may be when the job has read some."""
-        left = memoryview(content)
-        while left:
-            try:
-                left = left[os.write(self._master, left) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._master)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                return  # nobody is there to read it any more
+    async def write(self, content: bytes) -> bytes:
+        """Type. What is left after PROBE_SECONDS is returned: a job may take its time to read."""
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                while content:
+                    try:
+                        content = content[os.write(self._master, content[:CHUNK]) :]
+                    except BlockingIOError:
+                        await anyio.wait_writable(self._master)
+        except TimeoutError:
+            return content
+        except OSError as error:
+            if error.errno != errno.EIO:  # there is no slave any more
+                raise
+        return b""
 
     async def discard(self) -> None:
         """Read to the end: a job whose output nobody takes would never come to its own."""
@@ -310,7 +314,9 @@ async def _take_in(socket: AnySocket, pty: _Pty, control: Control) -> _Close:
             raise _Gone
         content = message.get("bytes")
         if content is not None:
-            await pty.write(content)
+            while content := await pty.write(content):
+                # Nothing is received meanwhile, so that the client has left would not be heard: an empty frame tells.
+                await _send(socket.send_bytes(b""))
             continue
         try:
             frame = msgspec.json.decode(message["text"], type=TerminalControl)

@@ -94,7 +94,19 @@ def _build_missing_rootfs(runtime: "Runtime", request: dict[str, Any], one_shot:
     else:
         language, rootfs = one_shot.language, request.get("rootfs") or "recipe"
     if rootfs == "recipe" and all(tree.language != language for tree in runtime.rootfs_infos()):
+        _refuse_what_is_not_there(runtime, request, one_shot)
         runtime.rootfs_build(language)
+
+
+def _refuse_what_is_not_there(runtime: "Runtime", request: dict[str, Any], one_shot: OneShot | None) -> None:
+    """Raise what the exec would raise for a file that is not there: half a minute's work before that helps nobody."""
+    from jhansi_runtime.runtime import require_file  # noqa: PLC0415 - see open_runtime
+    from jhansi_runtime.spec import ExecRequest  # noqa: PLC0415 - likewise
+
+    if one_shot is None:
+        runtime.check(ExecRequest(**request))
+    else:
+        require_file(one_shot.file, one_shot.workspace)
 
 
 def _streams(stdin: int, control: int, *, captured: bool) -> "Streams":

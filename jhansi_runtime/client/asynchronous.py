@@ -4,6 +4,7 @@ Line by line what blocking.py is, with awaits; it works under asyncio and trio.
 """
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -18,8 +19,8 @@ from jhansi_runtime.client.connection import RETRIES, TIMEOUT, AsyncConnection, 
 from jhansi_runtime.client.events import Event, JobEvents
 from jhansi_runtime.client.transfer import Target, target
 from jhansi_runtime.client.verbs import JobOptions, RunVerbs, SandboxOptions, SandboxVerbs, ServerVerbs
-from jhansi_runtime.client.waiting import ended, pauses
-from jhansi_runtime.errors import NotFoundError
+from jhansi_runtime.client.waiting import ended, pauses, settling
+from jhansi_runtime.errors import ConflictError, NotFoundError
 from jhansi_runtime.spec import Encoding, ExecResult, RunInfo, Sandbox
 
 __all__ = ["AsyncClient", "AsyncJobStream", "AsyncRunHandle", "AsyncSandboxHandle"]
@@ -88,7 +89,10 @@ class AsyncClient(ServerVerbs, AsyncSender):
 
 
 class AsyncSandboxHandle(SandboxVerbs, AsyncSender):
-    """One sandbox. info is what the server last said of it. As a context manager it removes the sandbox in the end."""
+    """One sandbox. info is what the server last said of it. As a context manager it removes the sandbox in the end.
+
+    An exec that was left has a few seconds to end then; ConflictError when one goes on.
+    """
 
     def __init__(self, connection: AsyncConnection, info: Sandbox) -> None:
         self.connection = connection
@@ -103,10 +107,13 @@ class AsyncSandboxHandle(SandboxVerbs, AsyncSender):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
+        with suppress(NotFoundError):  # it was removed within, or its time to live was over
+            for pause in settling():
+                with suppress(ConflictError):
+                    await self.delete()
+                    return
+                await anyio.sleep(pause)
             await self.delete()
-        except NotFoundError:
-            return  # it was removed within, or its time to live was over
 
     @property
     def id(self) -> str:

@@ -6,6 +6,7 @@ asynchronous.py is the same with awaits.
 
 import time
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -18,8 +19,8 @@ from jhansi_runtime.client.connection import RETRIES, TIMEOUT, Connection, Serve
 from jhansi_runtime.client.events import Event, JobEvents
 from jhansi_runtime.client.transfer import Target, target
 from jhansi_runtime.client.verbs import JobOptions, RunVerbs, SandboxOptions, SandboxVerbs, ServerVerbs
-from jhansi_runtime.client.waiting import ended, pauses
-from jhansi_runtime.errors import NotFoundError
+from jhansi_runtime.client.waiting import ended, pauses, settling
+from jhansi_runtime.errors import ConflictError, NotFoundError
 from jhansi_runtime.spec import Encoding, ExecResult, RunInfo, Sandbox
 
 __all__ = ["Client", "JobStream", "RunHandle", "SandboxHandle"]
@@ -87,7 +88,10 @@ class Client(ServerVerbs, Sender):
 
 
 class SandboxHandle(SandboxVerbs, Sender):
-    """One sandbox. info is what the server last said of it. As a context manager it removes the sandbox in the end."""
+    """One sandbox. info is what the server last said of it. As a context manager it removes the sandbox in the end.
+
+    An exec that was left has a few seconds to end then; ConflictError when one goes on.
+    """
 
     def __init__(self, connection: Connection, info: Sandbox) -> None:
         self.connection = connection
@@ -102,10 +106,13 @@ class SandboxHandle(SandboxVerbs, Sender):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
+        with suppress(NotFoundError):  # it was removed within, or its time to live was over
+            for pause in settling():
+                with suppress(ConflictError):
+                    self.delete()
+                    return
+                time.sleep(pause)
             self.delete()
-        except NotFoundError:
-            return  # it was removed within, or its time to live was over
 
     @property
     def id(self) -> str:
