@@ -145,7 +145,13 @@ def _in_use(rootfs: Rootfs) -> Iterator[None]:
 def _program(this: Exec) -> _Program:
     """Return what to execute: the file of the workspace as its language runs it, or a program of the rootfs."""
     request, recipe, found = this.request, this.rootfs.recipe, this.found
+    if any("\0" in word for word in (*request.command, *request.args)):
+        raise InvalidRequestError("args: an argument cannot hold a NUL character")
     if found is None:
+        if not request.command[0]:
+            raise InvalidRequestError(
+                "command: the name of the program is empty", remedy="name a program of the rootfs"
+            )
         return _Program([*request.command, *request.args], None, None)
     path = f"{_WORKSPACE}/{found.path}"
     extension = os.path.splitext(found.path)[1]

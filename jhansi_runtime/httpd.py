@@ -279,12 +279,30 @@ class _Connection(HttpToolsProtocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket, which asks for its peer anew."""
+    """A WebSocket, which asks for its peer anew, and may be refused with an HTTP status."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if self.client is None and not self.app_state[OVER_UNIX_SOCKET]:
             self.client = _GONE
+
+    def handle_parser_exception(self) -> None:
+        """Close also when the handshake itself could not be read: there is no close frame to send then."""
+        if self.conn.close_sent is None:
+            self.transport.close()
+        else:
+            super().handle_parser_exception()
+
+    def keepalive_timeout(self) -> None:
+        """Let go of a peer that is dead: one that takes nothing would never let a close in order come to its end."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+    async def send(self, message: Any) -> None:  # noqa: ANN401 - an ASGI message
+        """Send; a refusal that is complete is no handshake that was left undone, which would be logged as an error."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True
 
 
 async def _telling_why_it_does_not_start(app: Application, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI

@@ -15,6 +15,7 @@ from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine import Launcher, LauncherProcess, Streams
 from jhansi_runtime.errors import (
+    BusyError,
     ConflictError,
     HostError,
     InvalidRequestError,
@@ -50,6 +51,7 @@ __all__ = ["Runtime", "require_file"]
 
 _PATHS_IN_A_RECORD = 100
 _PROBE_SECONDS = 10.0
+_ROOM_AFTER_SECONDS = 60.0  # nobody knows how soon somebody removes one
 
 
 class Runtime:
@@ -116,10 +118,12 @@ class Runtime:
         limits: Mapping[str, float] | None = None,
         rootfs: RootfsChoice = "recipe",
         idempotency_key: str | None = None,
+        at_most: int | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
 
-        What was created with the same idempotency_key before, and is still there, is returned instead.
+        What was created with the same idempotency_key before, and is still there, is returned instead. BusyError when
+        there are at_most already.
         InvalidRequestError names what is wrong with a value, NotFoundError an unknown language, ConflictError a name
         that is taken.
         """
@@ -137,6 +141,12 @@ class Runtime:
         derived = None if idempotency_key is None else _derived_id(self._actor, idempotency_key)
         if derived is not None and (made := self._made_before(derived, wanted)):
             return made
+        if at_most is not None and len(self.sandboxes()) >= at_most:
+            raise BusyError(
+                f"there are {at_most} sandboxes, which is the limit",
+                retry_after=_ROOM_AFTER_SECONDS,
+                remedy="remove one first",
+            )
         try:
             sandbox = self._sandboxes.create(**wanted, ttl=ttl, owner=self._owner, sandbox_id=derived)
         except ConflictError:

@@ -406,7 +406,7 @@ def from_json(text: str | bytes, record: type[_Record], *, where: str) -> _Recor
     """The record in a JSON document; InvalidRequestError says where it differs."""
     try:
         value: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{where}: not JSON: {error}") from None
     return from_builtins(value, record, where=where)
 

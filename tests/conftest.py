@@ -171,7 +171,7 @@ class Server(NamedTuple):
 def serving(environment, folder, *words, settings=""):
     """A server of this environment, on a free port and a socket in the folder, until the end of the block.
 
-    settings is the [server] table of its settings file. SIGTERM must end it in order, and it must have logged no defect.
+    settings is the [server] table of its settings file. SIGTERM must end it in order, with no defect in its log.
     """
     folder.mkdir(exist_ok=True)
     config, log, path = folder / "config.toml", folder / "log", str(folder / "api.sock")

@@ -5,6 +5,7 @@ Files, execs and keys have their own: test_api_files.py, test_api_execs.py, test
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import threading
@@ -36,9 +37,7 @@ def test_the_curl_lines_of_the_founding_article_work_as_they_stand(fresh_environ
         made = curl(tmp_path, f"""curl -X POST {server.url}/v1/sandboxes -d '{{"language": "python"}}'""")
         files = f"{server.url}/v1/sandboxes/{made['id']}/files"
         written = curl(tmp_path, f"""curl -X POST {files} -F "file=@main.py" """)
-        exec_line = (
-            f"""curl -X POST {server.url}/v1/sandboxes/{made["id"]}/exec -d '{{"filename": "main.py"}}'"""
-        )
+        exec_line = f"""curl -X POST {server.url}/v1/sandboxes/{made["id"]}/exec -d '{{"filename": "main.py"}}'"""
         first, second = curl(tmp_path, exec_line), curl(tmp_path, exec_line)
         names = {file["path"] for file in curl(tmp_path, f"curl {files}")}
     assert made["language"] == "python"
@@ -476,7 +475,9 @@ def test_the_document_tells_of_every_route_and_the_page_shows_it(api):
     document = api.get("/openapi.json").json()
     page = api.get("/docs").text
     assert document["openapi"].startswith("3.1")
-    assert {"/v1/sandboxes", "/v1/runs/{run_id}", "/v1/sandboxes/{sandbox_id}/exec", "/metrics"} <= set(document["paths"])
+    assert {"/v1/sandboxes", "/v1/runs/{run_id}", "/v1/sandboxes/{sandbox_id}/exec", "/metrics"} <= set(
+        document["paths"]
+    )
     for path in document["paths"]:
         assert path in page
 
@@ -516,6 +517,20 @@ def test_no_error_tells_where_things_lie(server, api, make):
     for answer in answers:
         assert problem(answer)["status"] < 500
         assert server.environment["JHANSI_HOME"] not in answer.text
+
+
+def test_what_is_said_of_a_damaged_sandbox_tells_no_path_either(server, api, make):
+    path = make()
+    workspaces = pathlib.Path(server.environment["JHANSI_HOME"], "workspaces")
+    metadata = workspaces / path.rpartition("/")[2] / "sandbox.json"
+    whole = metadata.read_text()
+    metadata.write_text(whole[:20])
+    answer = api.get(path)
+    metadata.write_text(whole)
+    assert problem(answer)["status"] == 500
+    assert "damaged" in answer.text
+    assert str(workspaces) not in answer.text
+    assert api.get(path).status_code == 200
 
 
 def test_head_is_answered_where_get_is(api, make):

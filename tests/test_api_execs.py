@@ -175,7 +175,9 @@ os.write(1, b"\\xe2\\x82")
     output = {stream: "".join(one[1]["data"] for one in told if one[0] == stream) for stream in ("stdout", "stderr")}
     assert output["stdout"] == "\u20ac\U0001f600" + "".join(f"{number}\n" for number in range(0, 20, 2)) + "\ufffd"
     assert output["stderr"] == "".join(f"{number}\n" for number in range(1, 20, 2))
-    numbers = [int(line) for name, data, _ in told if name != "end" for line in re.findall(r"\d+", data.get("data", ""))]
+    numbers = [
+        int(line) for name, data, _ in told if name != "end" for line in re.findall(r"\d+", data.get("data", ""))
+    ]
     assert sorted(numbers) == list(range(20))
     positions = [position for _, _, position in told if position is not None]
     assert all(before < after for before, after in pairwise(positions))
@@ -253,7 +255,7 @@ def test_who_was_cut_off_gets_exactly_the_rest(api, make):
     path = make({"main.py": program})
     run = api.post(f"{path}/exec", json={"filename": "main.py", "detach": True}).headers["location"]
     whole = list(events(api.get(f"{run}/output", params={"follow": "true"}, headers=STREAM)))
-    assert [name for name, _, _ in whole][0] == "start"
+    assert whole[0][0] == "start"
     assert whole[-1][0] == "end"
     for index, (_, _, position) in enumerate(whole):
         if position is not None:

@@ -72,7 +72,10 @@ def test_a_folder_is_listed_and_not_downloaded(api, make):
         ("folder/b", "directory"),
         ("folder/b/c", "file"),
     ]
-    assert [one["path"] for one in api.get(f"{path}/files", params={"path": "folder"}).json()] == ["folder/a", "folder/b"]
+    assert [one["path"] for one in api.get(f"{path}/files", params={"path": "folder"}).json()] == [
+        "folder/a",
+        "folder/b",
+    ]
     assert [one["path"] for one in api.get(f"{path}/files").json()] == ["folder"]
     found = problem(api.get(f"{path}/files/folder"))
     assert found["status"] == 422
@@ -201,8 +204,14 @@ def test_names_in_a_form_are_what_browsers_and_curl_make_of_them(api, make, name
         (b"", "multipart/form-data; boundary=b"),
         (b"nonsense", "multipart/form-data; boundary=b"),
         (b"--b\r\n", "multipart/form-data; boundary=b"),
-        (b'--b\r\nContent-Disposition: form-data; name="other"\r\n\r\nx\r\n--b--\r\n', "multipart/form-data; boundary=b"),
-        (b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n', "multipart/form-data; boundary=b"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="other"\r\n\r\nx\r\n--b--\r\n',
+            "multipart/form-data; boundary=b",
+        ),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n',
+            "multipart/form-data; boundary=b",
+        ),
         (b"\r\n--b\r\n" + b"A: b\r\n" * 10_000 + b"\r\n\r\n--b--\r\n", "multipart/form-data; boundary=b"),
         (b"{}", "application/json"),
         (b"x", "multipart/form-data"),
@@ -243,7 +252,9 @@ TAR_START = tarfile.TarInfo("f").tobuf()
     ],
 )
 @pytest.mark.parametrize("length", ["Content-Length: 10000000", "Transfer-Encoding: chunked"])
-def test_an_upload_that_breaks_leaves_the_old_file_and_nothing_else(server, api, make, request_line, kind, start, length):
+def test_an_upload_that_breaks_leaves_the_old_file_and_nothing_else(
+    server, api, make, request_line, kind, start, length
+):
     path = make({"f": "old"})
     before, written = api.get(f"{path}/files").json(), len(records(api, path))
     head = f"{request_line.format(path=path)} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n{length}\r\n\r\n"
@@ -255,10 +266,9 @@ def test_an_upload_that_breaks_leaves_the_old_file_and_nothing_else(server, api,
         time.sleep(0.1)  # so that it is under way, and not only in a buffer
         assert api.get(f"{path}/files/f").content == b"old"
     workspace = os.path.join(server.environment["JHANSI_HOME"], "workspaces", path.rpartition("/")[2])
-    # Whoever was receiving has let go of the sandbox when it can be removed.
-    time.sleep(0.05)
+    time.sleep(0.05)  # for what might be written once the caller is gone
+    until(lambda: os.listdir(f"{workspace}/workspace") == ["f"])
     assert api.get(f"{path}/files").json() == before
-    assert os.listdir(f"{workspace}/workspace") == ["f"]
     assert len(records(api, path)) == written
     until(lambda: api.delete(path).status_code == 204)
 

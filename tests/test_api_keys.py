@@ -88,7 +88,11 @@ CALLS = {
     ("get", "/docs"): [Call(None, 200, "/docs", names_one=False)],
     ("get", "/openapi.json"): [Call(None, 200, "/openapi.json", names_one=False)],
 }
-EACH = [pytest.param(method, call, id=f"{method} {call.path} {call.expected}") for (method, _), calls in CALLS.items() for call in calls]
+EACH = [
+    pytest.param(method, call, id=f"{method} {call.path} {call.expected}")
+    for (method, _), calls in CALLS.items()
+    for call in calls
+]
 
 
 class Holder(NamedTuple):
@@ -181,7 +185,7 @@ NAMING = [case for case in EACH if case.values[1].names_one]  # tests of listing
 
 
 @pytest.mark.parametrize(("method", "this"), NAMING)
-def test_what_another_has_is_answered_like_what_is_not_there(guarded, two, method, this):
+def test_what_another_has_is_answered_like_what_is_not_there(two, method, this):
     one, other = two
     before = everything(other)
     unknown = {"sandbox": "sb_" + "0" * 16, "run": "run_" + "0" * len(other.run.removeprefix("run_"))}
@@ -208,13 +212,15 @@ def test_a_terminal_of_another_is_refused_like_one_of_nobody(guarded, two):
         url = f"ws://127.0.0.1:{guarded[0].port}/v1/sandboxes/{sandbox}/terminal"
         with pytest.raises(InvalidStatus) as refused:
             connect(url, additional_headers={"Authorization": f"Bearer {one.token}"}, proxy=None)
-        answers.append((refused.value.response.status_code, refused.value.response.body.replace(sandbox.encode(), b"ID")))
+        answers.append(
+            (refused.value.response.status_code, refused.value.response.body.replace(sandbox.encode(), b"ID"))
+        )
     assert answers[0] == answers[1]
     assert answers[0][0] == 404
 
 
 @pytest.mark.parametrize("how", ["prefix", "digits", "name"])
-def test_another_cannot_be_guessed_by_the_beginning_of_its_id_or_by_its_name(guarded, two, how):
+def test_another_cannot_be_guessed_by_the_beginning_of_its_id_or_by_its_name(two, how):
     one, other = two
     own = {"prefix": other.sandbox[:9], "digits": other.sandbox[3:], "name": "others-own"}[how]
     if how == "name":
@@ -372,7 +378,9 @@ def test_the_first_key_that_is_made_while_a_server_runs_makes_it_ask_for_one_at_
 
 def test_the_key_is_the_actor_of_what_it_did(guarded, two):
     _, admin = guarded
-    made = [one for one in admin.get("/v1/audit", params={"sandbox": two[0].sandbox}).json() if one["actor"] == two[0].key]
+    made = [
+        one for one in admin.get("/v1/audit", params={"sandbox": two[0].sandbox}).json() if one["actor"] == two[0].key
+    ]
     assert {"sandbox.create", "files.write", "exec.start", "exec.end"} <= {record["event"] for record in made}
 
 
@@ -395,5 +403,12 @@ def told(answer):
 def everything(held):
     """What the holder has, as it is seen."""
     path, run_path = f"/v1/sandboxes/{held.sandbox}", f"/v1/runs/{held.run}"
-    urls = (path, f"{path}/files", f"{path}/files/main.py", run_path, f"{run_path}/output", f"/v1/audit?sandbox={held.sandbox}")
+    urls = (
+        path,
+        f"{path}/files",
+        f"{path}/files/main.py",
+        run_path,
+        f"{run_path}/output",
+        f"/v1/audit?sandbox={held.sandbox}",
+    )
     return [(answer.status_code, answer.content) for answer in map(held.client.get, urls)]

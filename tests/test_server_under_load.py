@@ -32,6 +32,7 @@ WAIT = 60  # seconds, for what takes a few
 
 LONG = ["sleep", "600"]
 ENDLESS = ["yes", "a line that goes on until the output limit ends it"]
+OUTPUT = 3 * 1024**2  # bytes: more than the kernel takes off the server for a reader who does not read
 DETACHED = 10
 
 
@@ -70,7 +71,7 @@ class Peer:
 
     def exec(self, command, accept="*/*", **options):
         connection = self.connect(**options)
-        body = json.dumps({"command": command}).encode()
+        body = json.dumps({"command": command, "limits": {"output": OUTPUT}}).encode()
         head = f"POST {self.path}/exec HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nContent-Length: {len(body)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + body)
         return connection
@@ -145,7 +146,7 @@ def test_a_reader_who_stopped_reads_on_to_the_end(peer):
             assert piece
             rest += piece
     assert b"event: end" in rest
-    assert len(rest) > 1024**2
+    assert len(rest) > OUTPUT
 
 
 # --- the honest caller ----------------------------------------------------------------------------------------
@@ -181,10 +182,14 @@ def hostile(peer, stack, stalled, readers):
     kinds = (peer.silent, peer.half_a_head, peer.half_an_upload)
     with peer.server.client() as api:
         runs = [
-            api.post(f"{peer.path}/exec", json={"command": ENDLESS, "detach": True}).json()["run_id"]
+            api.post(
+                f"{peer.path}/exec", json={"command": ENDLESS, "limits": {"output": OUTPUT}, "detach": True}
+            ).json()["run_id"]
             for _ in range(DETACHED)
         ]
         stack.callback(forget, peer, runs)
+        for run in runs:  # to its end, so that its followers could have all of it at once
+            assert api.get(f"/v1/runs/{run}/output", params={"follow": True}).status_code == 200
     following = (lambda: peer.follow(next(turns), "*/*"), lambda: peer.follow(next(turns), "text/event-stream"))
     turns = cycle(runs)
     streaming = lambda: peer.exec(ENDLESS, "text/event-stream", window=4096)  # noqa: E731 - as the two above

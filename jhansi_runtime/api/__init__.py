@@ -25,7 +25,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 
 from jhansi_runtime.api import execs, files, operations, runs, sandboxes, terminal
 from jhansi_runtime.api.access import admit
-from jhansi_runtime.api.document import tell_records
+from jhansi_runtime.api.document import ABOUT, tell_records
 from jhansi_runtime.api.problems import EXCEPTION_HANDLERS
 from jhansi_runtime.api.routes import Document, JsonRequest, caller_of, runtime_of, service_of
 from jhansi_runtime.api.service import Service
@@ -79,10 +79,12 @@ def create_app(runtime: Runtime, *, keys: KeyStore | None, settings: ServerSetti
         openapi_config=OpenAPIConfig(
             title="jhansi-runtime",
             version="1",
+            description=ABOUT,
             path="/v1/openapi",  # Litestar's own page; operations.py has the ones that are promised
             render_plugins=[JsonRenderPlugin(path="/openapi.json")],
             components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
-            security=None if keys is None else [{"key": []}],
+            security=[{"key": []}] if keys is not None and not keys.is_empty() else [{"key": []}, {}],
+            use_handler_docstrings=True,
         ),
     )
     tell_records(app.openapi_schema)

@@ -30,8 +30,17 @@ from litestar.openapi.spec import (
 from jhansi_runtime import spec
 from jhansi_runtime.spec import Problem
 
-__all__ = ["BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "described", "nothing", "tell_records"]
+__all__ = ["ABOUT", "BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "described", "nothing", "tell_records"]
 
+ABOUT = """Persistent sandboxes for running untrusted code.
+
+A body of JSON is taken as such whatever content type it is sent with. Every failure is a problem document (RFC 9457).
+
+What this document has no words for: `/v1/sandboxes/{sandbox_id}/terminal` is a WebSocket, with the query parameters
+`rows`, `columns` and `command` (may be repeated; a shell if not given). Binary messages are the bytes of a terminal, in
+both directions. Text messages are JSON: `{"resize": {"rows": R, "columns": C}}` from the client, and
+`{"exit": ExecResult}` as the server's last one.
+"""
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 BYTES = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY)

@@ -10,14 +10,13 @@ from jhansi_runtime.api.access import Caller
 from jhansi_runtime.api.document import described
 from jhansi_runtime.api.routes import Document, exact
 from jhansi_runtime.api.service import Service
-from jhansi_runtime.errors import BusyError, InvalidRequestError
+from jhansi_runtime.errors import InvalidRequestError
 from jhansi_runtime.runtime import Runtime
 from jhansi_runtime.spec import Sandbox, SandboxBody, SandboxChange, SandboxPage
 
 __all__ = ["ROUTES"]
 
 _MOST_IN_A_PAGE = 1000
-_DELETE_SOMETHING = 60.0  # seconds; how soon a key will have fewer sandboxes nobody knows
 
 Limit = Annotated[int, Parameter(ge=1, le=_MOST_IN_A_PAGE, description="how many at most")]
 LabelsWanted = Annotated[
@@ -50,10 +49,9 @@ async def create(
 
     def make() -> Sandbox:
         with service.creating:  # two at once could both find room for one
-            if caller.key is not None and caller.key.max_sandboxes is not None:
-                _check_room(runtime, caller.key.max_sandboxes)
             wanted = structs.asdict(data) | {"limits": exact(data.limits)}
-            return runtime.create(**wanted, idempotency_key=idempotency_key)
+            at_most = None if caller.key is None else caller.key.max_sandboxes
+            return runtime.create(**wanted, idempotency_key=idempotency_key, at_most=at_most)
 
     sandbox = await service.in_thread(make)
     return Document(sandbox, headers={"Location": f"/v1/sandboxes/{sandbox.id}"})
@@ -114,15 +112,6 @@ async def remove(sandbox_id: str, service: Service, runtime: Runtime) -> None:
 
 
 ROUTES = (create, list_, show, change, remove)
-
-
-def _check_room(runtime: Runtime, at_most: int) -> None:
-    if len(runtime.sandboxes()) >= at_most:
-        raise BusyError(
-            f"this key has {at_most} sandboxes, which is its limit",
-            retry_after=_DELETE_SOMETHING,
-            remedy="remove one first",
-        )
 
 
 def _label(text: str) -> tuple[str, str]:

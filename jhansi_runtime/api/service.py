@@ -110,12 +110,22 @@ class Service:
             self._flush_in_time()
 
     async def attended(self, control: Control, work: Callable[[], _Result]) -> _Result:
-        """Call what runs a job; when whoever asked for it is gone, the job is ended, and then this."""
+        """Call what runs a job; when whoever asked for it is gone, the job is ended, and then this.
+
+        When it is the server that ends, they are still there, and are told how the job has ended.
+        """
         if self._closing:
             raise BusyError("the server is stopping", retry_after=RESTART_SECONDS)
         self._under_way.add(control)
+        working = _loop().run_in_executor(self._execs, work)
         try:
-            return await _finished(_loop().run_in_executor(self._execs, work), on_cancel=lambda: end(control))
+            return await _finished(working, on_cancel=lambda: end(control))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._closing or task is None:
+                raise
+            task.uncancel()
+            return working.result()
         finally:
             self._under_way.discard(control)
             self._flush_in_time()

@@ -7,6 +7,7 @@ one, hands the engine its slave, and joins the master to the socket:
 
 The pty here is raw, and passes every byte on: what ^C means, and what is echoed, is decided in the container. Nothing
 on the way holds more than a frame: a client that does not read holds up the job, a job that does not read the client.
+(Then its pongs are not read either: after some 40 seconds uvicorn takes it for dead.)
 
 A session ends with its job, when the client leaves, sends what is no frame of this protocol or takes nothing for too
 long, or with the server. Whatever it was, the job is over and every descriptor closed when the handler returns.

@@ -74,6 +74,7 @@ class Wiring:
         from jhansi_runtime.engine import terminal  # noqa: PLC0415 - termios and tty are for those who have one
 
         self._master = master
+        self.resize()  # it may have changed since the order was written
         os.set_blocking(master, False)
         on_stdin, on_stdout, _ = self.on_terminal
         sink = os.dup(master)  # one descriptor for each direction, so that each stream closes its own
