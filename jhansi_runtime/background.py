@@ -23,7 +23,7 @@ from jhansi_runtime.spec import ExecRequest, ExecResult, Limits
 
 __all__ = ["run_detached"]
 
-_CHUNK = 32 * 1024
+_CHUNK = 16 * 1024  # bytes; of which a reader who stops reading has several in memory, so it is not more
 # A job that writes byte by byte would have a frame for each. After a short read the pipe is given a moment to fill.
 _SHORT = 4096
 _MOMENT = 0.001  # seconds

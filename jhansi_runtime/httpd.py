@@ -43,6 +43,7 @@ OVER_UNIX_SOCKET = "over_unix_socket"  # in scope["state"] of each request and W
 
 HEAD_LIMIT = 64 * 1024  # bytes of a request's line and headers
 HEAD_TIMEOUT = 10.0  # seconds for them to come
+WRITE_BUFFER = 16 * 1024  # bytes of answers that wait for who does not read, beyond which no more are made
 KEEP_ALIVE = 5  # seconds that a connection may be idle between two requests
 WEBSOCKET_MESSAGE_LIMIT = 1024 * 1024  # bytes
 SHUTDOWN_TIMEOUT = 10.0  # seconds for the application to end its jobs
@@ -201,6 +202,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
         if self.client is None and not self.app_state[OVER_UNIX_SOCKET]:
             self.client = _GONE
         self._set_deadline()

@@ -192,7 +192,8 @@ class Runtime:
         """
         removed = []
         for sandbox in self._sandboxes.expired():
-            with suppress(ConflictError):  # in use: the next collection will have it
+            # In use: the next collection will have it. Or somebody else collects at this moment, and has it already.
+            with suppress(ConflictError, NotFoundError):
                 removed.append(self.remove(sandbox.id))
         self._sandboxes.sweep()
         for sandbox in self._sandboxes.list():

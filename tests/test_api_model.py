@@ -300,7 +300,7 @@ def test_any_steps_in_any_order_do_what_the_model_says(server_of_its_own):
         run_state_machine_as_test(
             lambda: Machine(client, lambda: run(["gc"], server_of_its_own.environment)),
             settings=settings(
-                max_examples=EXAMPLES or 20,
+                max_examples=EXAMPLES or 15,
                 stateful_step_count=30,
                 derandomize=not EXAMPLES,
                 database=None,

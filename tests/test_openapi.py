@@ -22,6 +22,7 @@ EXAMPLES = int(os.environ.get("JHANSI_SCHEMA_EXAMPLES", "25"))
 SEED = int(os.environ.get("JHANSI_SCHEMA_SEED", "1"))
 PROGRAM = "main.py"
 LONGEST_EXEC = 1  # seconds
+AN_HOUR = 3600
 SCOPES = ("read", "write", "exec", "audit", "admin")
 CHECKS = {
     # Litestar's own answer to OPTIONS knows the first method of a path alone; the Allow of a 405 is right, see below.
@@ -220,6 +221,9 @@ def bounded(_context, case, _kwargs):
             case.body["filename"] = PROGRAM
     if isinstance(case.headers.get("Idempotency-Key"), str):  # no two creates that differ have the same
         case.headers["Idempotency-Key"] += case.id
+    # Nor does a sandbox go because its time is up.
+    if isinstance(case.body, dict) and isinstance(case.body.get("ttl"), float | int) and case.body["ttl"] > 0:
+        case.body["ttl"] = max(case.body["ttl"], AN_HOUR)
     # A sandbox is removed by its whole id: the beginning of one might be that of any.
     is_removal = case.operation.label == "DELETE /v1/sandboxes/{sandbox_id}"
     if is_removal and not re.fullmatch("sb_[0-9a-f]{16}", str(case.path_parameters["sandbox_id"])):

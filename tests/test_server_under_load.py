@@ -28,6 +28,7 @@ TIMES_SLOWER = 3
 ATTEMPTS = 3
 MEMORY = 64 * 1024**2
 LITTLE = 256  # descriptors that the server may open at first
+BUSY = 10  # per cent of a processor
 WAIT = 60  # seconds, for what takes a few
 
 LONG = ["sleep", "600"]
@@ -194,8 +195,11 @@ def hostile(peer, stack, stalled, readers):
     turns = cycle(runs)
     streaming = lambda: peer.exec(ENDLESS, "text/event-stream", window=4096)  # noqa: E731 - as the two above
     with ThreadPoolExecutor(4) as threads:
-        for opened in threads.map(answered, islice(cycle((*following, streaming, streaming)), readers)):
+        for opened in threads.map(answered, islice(cycle((*following, *following, streaming)), readers)):
             stack.enter_context(opened)
+    # A reader is in nobody's way but for its job, and until the kernel has taken the megabytes that it buffers.
+    settled(peer)
+    wait_until_idle(peer)
     for stall in islice(cycle(kinds), stalled):
         stack.enter_context(stall())
 
@@ -250,6 +254,14 @@ def settled(peer):
     while any(metrics(peer)[name] for name in ("jhansi_execs_running", "jhansi_execs_waiting")):
         assert time.monotonic() < deadline, metrics(peer)
         time.sleep(0.05)
+
+
+def wait_until_idle(peer):
+    """Wait until the server has nothing to do."""
+    process = psutil.Process(peer.server.process.pid)
+    deadline = time.monotonic() + WAIT
+    while process.cpu_percent(0.25) > BUSY:
+        assert time.monotonic() < deadline, "readers who do not read keep the server busy"
 
 
 def assert_as_before(peer, before):

@@ -22,7 +22,7 @@ __all__ = ["MEDIA_TYPE", "NOT_STORED", "events", "frames"]
 
 MEDIA_TYPE = "text/event-stream"
 NOT_STORED = {"Cache-Control": "no-store"}
-_AT_ONCE = 64 * 1024  # bytes that one reader holds, or one frame of more
+_AT_ONCE = 32 * 1024  # bytes that one reader holds, or one frame of more
 _EACH = 512  # bytes that a frame counts for beyond its data
 _SILENCE = 15.0  # seconds after which a comment is sent, so that whoever is between does not give the reader up
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from io import FileIO
 from tempfile import TemporaryFile
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from litestar import Response, delete, get, head, post, put
@@ -236,6 +236,7 @@ async def write(
     async with _in_threads(service, receiving) as received:
         async for piece in _body(request, service):
             await service.in_thread(received.add, piece)
+            del piece  # see _body
         written = await service.in_thread(received.publish)
     return Document(written.info, status_code=_CREATED if written.created else _OK, headers={"ETag": written.etag})
 
@@ -278,6 +279,7 @@ async def unpack(sandbox_id: str, request: AnyRequest, service: Service, runtime
     async with _in_threads(service, TemporaryFile(buffering=0, dir=runtime.paths.workspaces)) as spooled:
         async for piece in _body(request, service):
             await service.in_thread(_append, spooled, piece)
+            del piece  # see _body
         spooled.seek(0)
         unpacked = await service.in_thread(runtime.unarchive, sandbox_id, spooled)
     return Unarchived(members=unpacked.members, bytes=unpacked.contents, left_out=list(unpacked.inert))
@@ -291,12 +293,17 @@ ROUTES = (list_, upload, download, look, write, remove, pack, unpack)
 
 async def _body(request: AnyRequest, service: Service) -> AsyncIterator[bytes]:
     """The body as it comes, up to the limit of an upload."""
-    count = 0
-    async for piece in request.stream():
-        count += len(piece)
+    # Not request.stream(), which keeps hold of a piece until the next has come: of many callers who stall, many pieces.
+    count, is_more = 0, True
+    while is_more:
+        message: dict[str, Any] = await request.receive()  # type: ignore[assignment] # of one type or the other
+        if message["type"] == "http.disconnect":
+            raise InvalidRequestError("the body is not whole")
+        is_more = message.get("more_body", False)
+        count += len(message.get("body", b""))
         if count > service.settings.max_upload:
             raise TooLargeError(f"the body is larger than {service.settings.max_upload} bytes")
-        yield piece
+        yield message.pop("body", b"")
     service.telemetry.note_bytes("upload", count)
 
 
