@@ -62,14 +62,10 @@ TABLE = {
     ),
     "background": May(f"{BASE} engine detached runtime", "msgspec"),
     "logs": May("spec"),
-    "listening": May("errors"),
-    "supervision": May(),
-    "unit": May("errors paths settings listening"),
-    "httpd": May("errors logs listening supervision", "uvicorn uvloop"),
-    "serve": May("errors spec paths keys runtime settings api logs listening supervision httpd", "msgspec"),
-    "cli": May(
-        f"{BASE} rendering runtime engine isolation.spawn audit doctor keys listening unit serve", "click msgspec"
-    ),
+    # The process around the HTTP API, and the API: only what composes the two knows both.
+    "server.serve": May(f"{BASE} keys runtime settings api logs server", "msgspec"),
+    "server": May("errors paths settings logs", "uvicorn uvloop"),
+    "cli": May(f"{BASE} rendering runtime engine isolation.spawn audit doctor keys server", "click msgspec"),
     "api": May(
         f"{BASE} runtime workspace runs keys detached background engine logs",
         "anyio litestar msgspec multipart prometheus_client",

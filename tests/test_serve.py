@@ -21,12 +21,12 @@ TINY = """
 import asyncio, json, os, sys, time
 from contextlib import asynccontextmanager
 from litestar import Litestar, Request, WebSocket, get, websocket
-from jhansi_runtime import httpd
+from jhansi_runtime.server import httpd
 from jhansi_runtime.cli import fail
 from jhansi_runtime.errors import JhansiError
-from jhansi_runtime.listening import Where, adopt, listen, passed_descriptors
+from jhansi_runtime.server.listening import Where, adopt, listen, passed_descriptors
 from jhansi_runtime.logs import configure, log
-from jhansi_runtime.supervision import Supervisor
+from jhansi_runtime.server.supervision import Supervisor
 
 how = json.loads(sys.argv[1])
 httpd.HEAD_TIMEOUT = how.get("head_timeout", httpd.HEAD_TIMEOUT)
@@ -97,7 +97,7 @@ CONTENDER = """
 import os, sys, time
 from contextlib import suppress
 from jhansi_runtime.errors import ConflictError
-from jhansi_runtime.listening import _lock
+from jhansi_runtime.server.listening import _lock
 
 path, end = sys.argv[1], time.monotonic() + 2
 while time.monotonic() < end:

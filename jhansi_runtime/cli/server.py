@@ -12,7 +12,7 @@ from jhansi_runtime.errors import HostError
 from jhansi_runtime.quantities import duration_text
 
 if TYPE_CHECKING:
-    from jhansi_runtime.serve import Options
+    from jhansi_runtime.server.serve import Options
 
 __all__ = ["COMMANDS"]
 
@@ -49,7 +49,7 @@ def serve_command(
     line.
     """
     try:
-        from jhansi_runtime.serve import Options, run  # noqa: PLC0415 - it loads the whole server
+        from jhansi_runtime.server.serve import Options, run  # noqa: PLC0415 - it loads the whole server
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("jhansi_runtime"):
             raise
@@ -69,9 +69,9 @@ COMMANDS = {"serve": serve_command}
 
 
 def _install_unit(options: "Options") -> None:
-    from jhansi_runtime.listening import Where  # noqa: PLC0415 - see serve_command
     from jhansi_runtime.paths import Paths  # noqa: PLC0415 - likewise
-    from jhansi_runtime.unit import ACTIVATION, install  # noqa: PLC0415 - likewise
+    from jhansi_runtime.server.listening import Where  # noqa: PLC0415 - see serve_command
+    from jhansi_runtime.server.unit import ACTIVATION, install  # noqa: PLC0415 - likewise
 
     where = Where(options.host, options.port, os.path.abspath(options.socket or Paths.from_environment().socket))
     words = ["--no-tcp"] if where.host is None else [f"--host={where.host}", f"--port={where.port}"]

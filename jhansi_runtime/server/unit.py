@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from jhansi_runtime.errors import ConflictError, InvalidRequestError
-from jhansi_runtime.listening import Where, tcp_addresses
 from jhansi_runtime.paths import Paths
+from jhansi_runtime.server.listening import Where, tcp_addresses
 from jhansi_runtime.settings import load
 
 __all__ = ["ACTIVATION", "install"]

@@ -13,15 +13,15 @@ from typing import NamedTuple
 from msgspec import structs
 
 from jhansi_runtime.api import create_app
-from jhansi_runtime.httpd import serve
 from jhansi_runtime.keys import KeyStore
-from jhansi_runtime.listening import Listener, Where, adopt, is_wildcard, listen, passed_descriptors
 from jhansi_runtime.logs import configure, log
 from jhansi_runtime.paths import Paths
 from jhansi_runtime.runtime import Runtime
+from jhansi_runtime.server.httpd import serve
+from jhansi_runtime.server.listening import Listener, Where, adopt, is_wildcard, listen, passed_descriptors
+from jhansi_runtime.server.supervision import Supervisor
 from jhansi_runtime.settings import load
 from jhansi_runtime.spec import ServerSettings
-from jhansi_runtime.supervision import Supervisor
 
 __all__ = ["Options", "run"]
 

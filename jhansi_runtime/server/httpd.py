@@ -33,9 +33,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from uvicorn.server import ServerState
 
 from jhansi_runtime.errors import HostError
-from jhansi_runtime.listening import BACKLOG, Listener
 from jhansi_runtime.logs import log
-from jhansi_runtime.supervision import Supervisor
+from jhansi_runtime.server.listening import BACKLOG, Listener
+from jhansi_runtime.server.supervision import Supervisor
 
 __all__ = ["OVER_UNIX_SOCKET", "serve"]
 
