@@ -82,21 +82,24 @@ def require(jhansi):
     return require
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(fresh_environment, tmp_path_factory):
-    """A server without keys that tests share: each makes sandboxes of its own."""
+    """A server without keys that the tests of a module share: each makes sandboxes of its own.
+
+    Not for longer than that: other tests count what is left of what they have started.
+    """
     with serving(fresh_environment(), tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def api(server):
     """A client of the shared server, over TCP."""
     with server.client() as api:
         yield api
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def strict(fresh_environment, tmp_path_factory):
     """A server of small limits: one exec at once and none waiting, bodies of 2 KiB, uploads of 4 KiB."""
     settings = "max_execs = 1\nmax_queue = 0\nmax_body = 2048\nmax_upload = 4096\n"
