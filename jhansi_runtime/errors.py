@@ -64,9 +64,13 @@ class JhansiError(Exception):
 
 
 class InvalidRequestError(JhansiError):
-    """The request is malformed, or names a value outside its range."""
+    """The request is malformed, or names a value outside its range. field is the one that is wrong, where it is one."""
 
     http_status = 422
+
+    def __init__(self, message: str, *, remedy: str | None = None, field: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.field = field
 
 
 class HostileArchiveError(InvalidRequestError):

@@ -196,8 +196,8 @@ class Runtime:
             with suppress(ConflictError, NotFoundError):
                 removed.append(self.remove(sandbox.id))
         self._sandboxes.sweep()
-        for sandbox in self._sandboxes.list():
-            with suppress(NotFoundError, ConflictError), self._sandboxes.hold(sandbox.id) as workspace:
+        for sandbox_id in self._sandboxes.unfinished():
+            with suppress(NotFoundError, ConflictError), self._sandboxes.hold(sandbox_id) as workspace:
                 workspace.sweep()
         return removed
 

@@ -47,10 +47,12 @@ _LOCK = ".lock"
 _CREATING, _REMOVING = ".creating-", ".removing-"
 _METADATA = "sandbox.json"
 _WORKSPACE = "workspace"
+_UNPACKING = ".unpacking-"  # beside it, while an archive is unpacked (tarball.py)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LABELS: Mapping[str, str] = {}
 
 _Listing = list[Sandbox]  # within the class, `list` is its method
+_Ids = list[str]
 
 
 class Sandboxes:
@@ -220,6 +222,14 @@ class Sandboxes:
         with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
             _sweep(root)
 
+    def unfinished(self) -> _Ids:
+        """The ids of those in which something is being unpacked, or was when somebody was killed."""
+        return [
+            sandbox_id
+            for sandbox_id in self._ids()
+            if any(name.startswith(_UNPACKING) for name in _names(f"{self.root}/{sandbox_id}"))
+        ]
+
     # --- within ---
 
     def _ids(self) -> Iterator[str]:
@@ -338,6 +348,13 @@ def _sweep(root: int) -> None:
             beneath.remove(root, name)
 
 
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:  # removed meanwhile
+        return []
+
+
 def _dot_names(root: int, prefix: str) -> list[str]:
     with os.scandir(root) as entries:
         return [entry.name for entry in entries if entry.name.startswith(prefix)]
@@ -360,22 +377,27 @@ def _checked_name(name: str | None) -> str | None:
     raise InvalidRequestError(
         f"{name!r} cannot be the name of a sandbox",
         remedy="take 1 to 64 letters, digits, `.`, `_`, `-`, the first no `.` or `-`, and nothing like an id",
+        field="name",
     )
 
 
 def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
     if len(labels) > MOST_LABELS:
-        raise InvalidRequestError(f"there are {len(labels)} labels", remedy=f"take {MOST_LABELS} at most")
+        raise InvalidRequestError(
+            f"there are {len(labels)} labels", remedy=f"take {MOST_LABELS} at most", field="labels"
+        )
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
             raise InvalidRequestError(
                 f"{key!r} cannot be the key of a label",
                 remedy="take 1 to 64 letters, digits, `.`, `_`, `-`, `/`, the first a letter, digit or `_`",
+                field="labels",
             )
         if len(value) > LONGEST_LABEL or not value.isprintable():
             raise InvalidRequestError(
                 f"the value of the label {key!r} is too long or not printable",
                 remedy=f"take at most {LONGEST_LABEL} printable characters",
+                field="labels",
             )
     return dict(labels)
 
@@ -384,7 +406,9 @@ def _expiry(ttl: float | None, now: float) -> str | None:
     if ttl is None:
         return None
     if not 0 < ttl <= LONGEST_TTL:
-        raise InvalidRequestError(f"a time to live of {ttl} seconds", remedy="take one above 0 and below 100 years")
+        raise InvalidRequestError(
+            f"a time to live of {ttl} seconds", remedy="take one above 0 and below 100 years", field="ttl"
+        )
     return instant(now + ttl)
 
 

@@ -46,11 +46,19 @@ def _of_ours(request: AnyRequest, error: JhansiError) -> Response[bytes]:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, UnauthenticatedError):
         headers["WWW-Authenticate"] = "Bearer"
-    field, _, reason = error.message.partition(": ")
-    named = isinstance(error, InvalidRequestError) and reason and " " not in field
-    within = _WITHIN.search(reason)
-    errors = [FieldProblem(field=f"{field}.{within[1]}" if within else field, message=reason)] if named else None
+    errors = _fields(error) if isinstance(error, InvalidRequestError) else []
     return _response(problem(error.http_status, service.discreet(error), errors), headers)
+
+
+def _fields(error: InvalidRequestError) -> list[FieldProblem]:
+    """The field that is wrong: as the error says, or as its message does that begins with one."""
+    if error.field is not None:
+        return [FieldProblem(field=error.field, message=error.message)]
+    field, _, reason = error.message.partition(": ")
+    if not reason or " " in field:
+        return []
+    within = _WITHIN.search(reason)
+    return [FieldProblem(field=f"{field}.{within[1]}" if within else field, message=reason)]
 
 
 def _of_the_framework(request: AnyRequest, error: HTTPException) -> Response[bytes]:
