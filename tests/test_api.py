@@ -562,3 +562,14 @@ def until(true):
     while not true():
         assert time.monotonic() < deadline, "not so after 20 s"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/sandboxes", {"GET", "POST"}), ("{sandbox}", {"GET", "PATCH", "DELETE"}), ("{sandbox}/exec", {"POST"})],
+)
+def test_options_names_every_method_of_a_path(api, make, path, methods):
+    answer = api.options(path.format(sandbox=make()))
+
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert set(answer.headers["allow"].split(", ")) - {"OPTIONS"} == methods

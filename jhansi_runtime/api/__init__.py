@@ -27,7 +27,7 @@ from jhansi_runtime.api import execs, files, operations, runs, sandboxes, termin
 from jhansi_runtime.api.access import admit
 from jhansi_runtime.api.document import ABOUT, tell_records
 from jhansi_runtime.api.problems import EXCEPTION_HANDLERS
-from jhansi_runtime.api.routes import Document, JsonRequest, caller_of, runtime_of, service_of
+from jhansi_runtime.api.routes import Document, JsonRequest, caller_of, options_of, runtime_of, service_of
 from jhansi_runtime.api.service import Service
 from jhansi_runtime.keys import KeyStore
 from jhansi_runtime.runtime import Runtime
@@ -55,15 +55,16 @@ def create_app(runtime: Runtime, *, keys: KeyStore | None, settings: ServerSetti
                 await housekeeping
             await service.close()
 
+    routes = [
+        *sandboxes.ROUTES,
+        *files.ROUTES,
+        *execs.ROUTES,
+        *runs.ROUTES,
+        *terminal.ROUTES,
+        *operations.ROUTES,
+    ]
     app = Litestar(
-        route_handlers=[
-            *sandboxes.ROUTES,
-            *files.ROUTES,
-            *execs.ROUTES,
-            *runs.ROUTES,
-            *terminal.ROUTES,
-            *operations.ROUTES,
-        ],
+        route_handlers=[options_of(routes), *routes],
         guards=[admit],
         dependencies={
             "service": Provide(service_of, sync_to_thread=False),

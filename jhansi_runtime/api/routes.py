@@ -1,13 +1,14 @@
 """What every route is given: the service, who calls, the runtime as they see it; and how an answer is written."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
-from litestar import Request, Response
+from litestar import HttpMethod, Request, Response, route
 from litestar.exceptions import HTTPException
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.response import Stream
 from litestar.types import Receive, Scope, Send
 
@@ -25,12 +26,14 @@ __all__ = [
     "caller_of",
     "cancelled_when_left",
     "exact",
+    "options_of",
     "runtime_of",
     "service_of",
 ]
 
 AnyRequest = Request[Any, Any, Any]
 _MALFORMED = 400
+_NO_CONTENT = 204
 
 Close = Callable[[], Coroutine[Any, Any, None]]  # may be called again
 
@@ -114,6 +117,18 @@ async def cancelled_when_left(request: AnyRequest) -> AsyncIterator[None]:
     finally:
         watching.cancel()
         await asyncio.wait([watching])
+
+
+def options_of(routes: Sequence[BaseRouteHandler]) -> HTTPRouteHandler:
+    """The answer to OPTIONS for each path of these routes. Litestar's own knows no more than the first of a path."""
+    paths = {path for one in routes if isinstance(one, HTTPRouteHandler) for path in one.paths}
+
+    @route(sorted(paths), http_method=HttpMethod.OPTIONS, status_code=_NO_CONTENT, include_in_schema=False)
+    async def options(request: AnyRequest) -> Response[None]:
+        methods = request.app.route_handler_method_map[request.scope["path_template"]]
+        return Response(None, status_code=_NO_CONTENT, headers={"Allow": ", ".join(sorted(methods))})
+
+    return options
 
 
 def exact(limits: Mapping[str, float]) -> dict[str, float]:

@@ -23,7 +23,10 @@ NOT_SOUND = 1
 
 # Columns are as wide as what we write in them, not as what is there: with --follow nobody knows what will come.
 LINE = "{time:<27}  {event:<14}  {sandbox:<19}  {run:<26}  {what}"
-TOLD = ("argv", "status", "exit_code", "signal", "name", "language", "files", "source", "cut_bytes", "lost_records")
+TOLD = (
+    *("argv", "status", "exit_code", "signal", "name", "language", "files", "source", "key_id", "scopes", "addresses"),
+    *("cut_bytes", "lost_records"),
+)
 
 
 @click.group("audit", no_args_is_help=False)
