@@ -10,6 +10,7 @@ from litestar import HttpMethod, Request, Response, route
 from litestar.exceptions import HTTPException
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.response import Stream
+from litestar.routes import HTTPRoute
 from litestar.types import Receive, Scope, Send
 
 from jhansi_runtime.api.access import Caller
@@ -125,8 +126,10 @@ def options_of(routes: Sequence[BaseRouteHandler]) -> HTTPRouteHandler:
 
     @route(sorted(paths), http_method=HttpMethod.OPTIONS, status_code=_NO_CONTENT, include_in_schema=False)
     async def options(request: AnyRequest) -> Response[None]:
-        methods = request.app.route_handler_method_map[request.scope["path_template"]]
-        return Response(None, status_code=_NO_CONTENT, headers={"Allow": ", ".join(sorted(methods))})
+        here = request.scope["path_template"]
+        found = [one for one in request.app.routes if isinstance(one, HTTPRoute) and one.path_format == here]
+        methods = sorted({method for one in found for method in one.methods})
+        return Response(None, status_code=_NO_CONTENT, headers={"Allow": ", ".join(methods)})
 
     return options
 
