@@ -13,13 +13,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 
 from jhansi_runtime import remedies
-from jhansi_runtime.engine import InProcess, Slot, Streams, execute
+from jhansi_runtime.engine import Bounds, InProcess, Launcher, LauncherProcess, Slot, Streams, execute
 from jhansi_runtime.errors import HostError, JhansiError, StepFailedError
-from jhansi_runtime.isolation import syscalls
+from jhansi_runtime.isolation import cgroup, syscalls
 from jhansi_runtime.isolation.channel import Container, Order
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, shipped
@@ -33,13 +33,16 @@ __all__ = ["STEPS", "checks"]
 # Every step between nothing and a program that runs, by the names that isolation/ gives them. The job's first steps run
 # beside init's, up to where init waits for them: there they stand.
 STEPS = (
-    *("one thread", "channel", "namespaces", "id map"),  # launch.py
+    *("one thread", "processors of the host", "channel", "namespaces", "id map"),  # launch.py
     *("fork", "detach from the launcher", "loopback", "hostname"),  # inside.py, before it is known what to build
     *("sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
     *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
     *("pivot_root", "workspace", "standard streams", "children"),  # inside.py
-    *("working directory", "streams", "limits", "descriptors", "seccomp", "execve"),  # job.py
+    *("working directory", "streams", "processors", "limits", "descriptors", "seccomp", "execve"),  # job.py
 )
+
+# And those of a container that is to have a cgroup.
+CGROUP_STEPS = ("cgroup", "cgroup limits")  # launch.py
 
 _NAMESPACES: Mapping[str, int] = {
     "mnt": syscalls.CLONE_NEWNS,
@@ -53,6 +56,7 @@ _MACHINES = ("x86_64", "aarch64")
 
 # The language of the doctor's own rootfs, which asks no more of the host than /bin/true.
 _PROGRAM = "/bin/true"
+_WORKSPACE = "one"
 _LANGUAGE = "true"
 _RECIPE = (
     f'language = "{_LANGUAGE}"\nsuite = ""\npackages = []\ninterpreter = "{_PROGRAM}"\nextensions = []\nrun = []\n'
@@ -70,7 +74,7 @@ def checks(paths: Paths | None = None) -> list[Check]:
     paths = paths or Paths.from_environment()
     calls = list(_call_checks())
     missing = next((call.name for call in calls if not call.ok), None)
-    container = [_not_tried("container", missing)] if missing else _try_container()
+    container, groups = _try_container() if missing is None else ([_not_tried("container", missing)], None)
     works = all(check.ok for check in container)
     return [
         *_machine_checks(),
@@ -82,21 +86,27 @@ def checks(paths: Paths | None = None) -> list[Check]:
         _folder_check("JHANSI_HOME", paths.home, executable=True),
         _folder_check("PETRI_WORKSPACE_ROOT", paths.workspaces, executable=False),
         *_rootfs_checks(paths),
-        _cgroup_check(),
+        groups or _not_tried("cgroup", next(check.name for check in container if not check.ok)),
     ]
 
 
 # --- the container ------------------------------------------------------------------------------------------
 
 
-def _try_container() -> list[Check]:
-    """Run a program in a container; return the check of its seccomp profile, and one of each step."""
+def _try_container() -> tuple[list[Check], Check | None]:
+    """Run a program in a container; return the checks of its seccomp profile and each step, and that of its cgroup.
+
+    None for the last when there is no container to have one.
+    """
     try:
         with TemporaryDirectory(prefix="jhansi-doctor-") as scratch:
             profile, filters = _try_profile(scratch)
-            return [profile, *_try_steps(scratch, filters)]
+            steps = _try_steps(scratch, filters)
+            works = all(step.ok for step in steps)
+            return [profile, *steps], _try_cgroup(scratch, filters) if works else None
     except OSError as error:
-        return [_problem("temporary folder", error, "set TMPDIR to a folder that you can write to, with room in it")]
+        remedy = "set TMPDIR to a folder that you can write to, with room in it"
+        return [_problem("temporary folder", error, remedy)], None
 
 
 def _try_profile(scratch: str) -> tuple[Check, tuple[bytes, ...]]:
@@ -111,7 +121,8 @@ def _try_profile(scratch: str) -> tuple[Check, tuple[bytes, ...]]:
 
 def _try_steps(scratch: str, filters: tuple[bytes, ...]) -> list[Check]:
     try:
-        _run_true(scratch, filters)
+        with _prepared(scratch) as container:
+            _run_true(container, filters, InProcess())
     except StepFailedError as error:
         return list(_steps_until(error))
     except JhansiError as error:
@@ -119,12 +130,38 @@ def _try_steps(scratch: str, filters: tuple[bytes, ...]) -> list[Check]:
     return [Check(name=step, ok=True, detail="done") for step in STEPS]
 
 
-def _run_true(scratch: str, filters: tuple[bytes, ...]) -> None:
-    """Do what `jhansi-run exec --rootfs host` does, for /bin/true. HostError and RootfsError say why it cannot be."""
+def _try_cgroup(scratch: str, filters: tuple[bytes, ...]) -> Check:
+    """Run a program in a container with a cgroup of its own, as every exec does where there is one to be had."""
+    name, launcher = "cgroup", LauncherProcess(ahead=False)
+    try:
+        delegation = launcher.delegation()
+        if delegation.base is None:
+            detail = f"{delegation.detail}; memory, CPU time and CPU share are watched instead (enforcement: watchdog)"
+            return Check(name=name, ok=False, detail=detail, remedy=delegation.remedy or _REPORT)
+        limits = Limits()
+        with _prepared(scratch) as container:
+            enforced = cgroup.Limits(limits.memory, limits.pids, limits.cpus)
+            _run_true(container._replace(cgroup=enforced), filters, launcher)
+    except JhansiError as error:
+        return Check(name=name, ok=False, detail=error.message, remedy=error.remedy or _REPORT)
+    finally:
+        launcher.close()
+        launcher.wait()
+    return Check(name=name, ok=True, detail=f"memory, processes and CPU share are limited in {delegation.detail}")
+
+
+@contextmanager
+def _prepared(scratch: str) -> Iterator[Container]:
+    """Within: what it takes to do what `jhansi-run exec --rootfs host` does, for /bin/true, in a folder of its own."""
+    with TemporaryDirectory(dir=scratch) as folder:
+        yield _container(folder)
+
+
+def _container(scratch: str) -> Container:
     host_id = HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
     recipes = os.path.join(scratch, "recipes")
     workspaces = os.path.join(scratch, "workspaces")
-    workspace = os.path.join(workspaces, "one")
+    workspace = os.path.join(workspaces, _WORKSPACE)
     for folder in (recipes, workspaces, workspace):
         os.mkdir(folder)
     if host_id is not None:
@@ -135,10 +172,15 @@ def _run_true(scratch: str, filters: tuple[bytes, ...]) -> None:
     with open(os.path.join(recipes, f"{_LANGUAGE}.toml"), "w", encoding="ascii") as file:
         file.write(_RECIPE)
     rootfs = RootfsStore(os.path.join(scratch, "rootfs"), recipes).host(_LANGUAGE)
+    processors = tuple(os.sched_getaffinity(0))
+    return Container(rootfs.tree, rootfs.binds, workspaces, Limits().tmp, host_id, processors, cgroup=None)
+
+
+def _run_true(container: Container, filters: tuple[bytes, ...], launcher: Launcher) -> None:
+    """Run /bin/true. HostError says why it cannot be."""
     limits = Limits()
-    container = Container(rootfs.tree, rootfs.binds, workspaces, limits.tmp, host_id)
     order = Order(
-        workspace=os.path.basename(workspace),
+        workspace=_WORKSPACE,
         argv=[_PROGRAM.encode()],
         environment={},
         terminal=None,
@@ -146,10 +188,13 @@ def _run_true(scratch: str, filters: tuple[bytes, ...]) -> None:
         cpu_seconds=int(limits.cpu_time),
         file_bytes=limits.file_size,
         open_files=limits.nofile,
+        processes=limits.pids,
+        processors=container.processors,
         filters=filters,
     )
-    with Slot(container, InProcess()) as slot:
-        ended = execute(slot, order, Streams(), stdin=b"", timeout=limits.timeout, output_bytes=limits.output)
+    with Slot(container, launcher) as slot:
+        bounds = Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.cpus)
+        ended = execute(slot, order, Streams(), bounds, stdin=b"")
     if ended.failure is not None:
         raise StepFailedError(ended.failure.step, os.strerror(ended.failure.errno))
     if ended.outcome is None or ended.outcome.wait_status != 0:
@@ -295,14 +340,6 @@ def _rootfs_checks(paths: Paths) -> Iterator[Check]:
         ok=bool(builder or infos),
         detail=f"{builder or 'not here'}; needed only to build a rootfs",
         remedy="run as root: apt-get install mmdebstrap (or use the host's own programs, with --rootfs host)",
-    )
-
-
-def _cgroup_check() -> Check:
-    return Check(
-        name="cgroup",
-        ok=True,
-        detail="not used yet: memory, number of processes and CPU share are not limited in this version",
     )
 
 

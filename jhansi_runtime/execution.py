@@ -11,16 +11,19 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from jhansi_runtime.audit import AuditLog
-from jhansi_runtime.engine import Ended, Launcher, Slot, Streams, execute
+from jhansi_runtime.disk import allowed, ended_message
+from jhansi_runtime.engine import Bounds, Ended, Launcher, Slot, Streams, execute
 from jhansi_runtime.errors import HostError, InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
+from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation.channel import Container, Failure, Order
 from jhansi_runtime.profiles import Profile
+from jhansi_runtime.quantities import size_text
 from jhansi_runtime.rootfs import Rootfs
 from jhansi_runtime.runs import Run
 from jhansi_runtime.spec import Encoding, ExecRequest, ExecResult, Limits, Status
@@ -50,7 +53,8 @@ class Place(NamedTuple):
 class Exec(NamedTuple):
     """One exec, with everything decided: what, where, in what, within what, for whom, under which id.
 
-    found is the file of the workspace to run, None when the request names a program of the rootfs.
+    found is the file of the workspace to run, None when the request names a program of the rootfs; processors are the
+    CPUs it may use.
     """
 
     run: Run
@@ -62,6 +66,7 @@ class Exec(NamedTuple):
     limits: Limits
     request: ExecRequest
     found: Program | None
+    processors: tuple[int, ...]
 
 
 class _Program(NamedTuple):
@@ -83,52 +88,80 @@ def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
 def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -> ExecResult:
     """Run one exec in a container that the launcher builds, and return its result.
 
+    DiskLimitError when the workspace holds more than it may already;
     ProgramMissingError and NotExecutableError say that there was nothing to run, HostError that it could not be
     confined; in each case nothing was run, and if the start was recorded, so is the end.
     """
     environment = _environment(this.request)
-    container = Container(
-        tree=this.rootfs.tree,
-        binds=this.rootfs.binds,
-        workspaces=this.place.workspaces,
-        tmp_bytes=this.limits.tmp,
-        host_id=this.place.host_id,
-    )
     program = _program(this)
+    room = this.place.files.room
+    assert room is not None  # noqa: S101 - a place is a workspace that is held to be changed
+    container = _container(this, launcher)
     with _in_use(this.rootfs), Slot(container, launcher) as slot:
-        order = Order(
-            workspace=this.place.workspace,
-            argv=[os.fsencode(word) for word in program.argv],
-            environment={os.fsencode(name): os.fsencode(value) for name, value in environment.items()},
-            terminal=None,
-            on_terminal=(False, False, False),
-            cpu_seconds=math.ceil(this.limits.cpu_time),
-            file_bytes=this.limits.file_size,
-            open_files=this.limits.nofile,
-            filters=this.profile.programs,
-        )
+        order = _order(this, program, environment, in_cgroup=container.cgroup is not None)
+        room.require()
         started_at = _record_start(this, audit, program)
         ended = None
         try:
-            ended = execute(
-                slot,
-                order,
-                streams,
-                stdin=_bytes(this.request.stdin),
-                timeout=this.limits.timeout,
-                output_bytes=this.limits.output,
-                log=audit,
-            )
+            with closing(room.watch()) as watch:
+                ended = execute(
+                    slot,
+                    order,
+                    streams,
+                    _bounds(this.limits),
+                    stdin=_bytes(this.request.stdin),
+                    log=audit,
+                    watches=(watch,),
+                )
         except OSError as error:
             raise HostError(f"the job's output or input could not be passed on: {error}") from error
         finally:
             if ended is None:
                 _record_failure(this, audit, str(sys.exception()))
+        # Not every job is there long enough to be looked at.
+        if ended.reason is None and not room.settle().fits(room.most):
+            ended = ended._replace(reason="disk_limit")
         result = _result(this, ended, streams, started_at)
         _record_end(this, audit, result, ended)
     if ended.failure is not None:
         raise _not_run(ended.failure, program)
     return result
+
+
+def _container(this: Exec, launcher: Launcher) -> Container:
+    """Return what to build. HostError when the limits are to be control groups' to enforce, and there are none."""
+    limits, delegation = this.limits, launcher.delegation()
+    if delegation.base is None and limits.require_cgroup:
+        raise HostError(f"the limits cannot be enforced by cgroups: {delegation.detail}", remedy=delegation.remedy)
+    return Container(
+        tree=this.rootfs.tree,
+        binds=this.rootfs.binds,
+        workspaces=this.place.workspaces,
+        tmp_bytes=limits.tmp,
+        host_id=this.place.host_id,
+        processors=this.processors,
+        cgroup=None if delegation.base is None else cgroup.Limits(limits.memory, limits.pids, limits.cpus),
+    )
+
+
+def _order(this: Exec, program: _Program, environment: dict[str, str], *, in_cgroup: bool) -> Order:
+    return Order(
+        workspace=this.place.workspace,
+        argv=[os.fsencode(word) for word in program.argv],
+        environment={os.fsencode(name): os.fsencode(value) for name, value in environment.items()},
+        terminal=None,
+        on_terminal=(False, False, False),
+        cpu_seconds=math.ceil(this.limits.cpu_time),
+        file_bytes=this.limits.file_size,
+        open_files=this.limits.nofile,
+        processes=this.limits.pids + in_cgroup,  # the cgroup refuses first, and counts how often
+        processors=this.processors,
+        filters=this.profile.programs,
+    )
+
+
+def _bounds(limits: Limits) -> Bounds:
+    return Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.cpus)
 
 
 @contextmanager
@@ -213,6 +246,7 @@ def _record_end(this: Exec, audit: AuditLog, result: ExecResult, ended: Ended) -
         signal=result.signal,
         message=result.message,
         enforcement=result.enforcement,
+        accounting=result.accounting,
         wall_time_ms=result.wall_time_ms,
         cpu_time_ms=result.cpu_time_ms,
         memory_peak_bytes=result.memory_peak_bytes,
@@ -240,12 +274,13 @@ def _result(this: Exec, ended: Ended, streams: Streams, started_at: str) -> Exec
         stdout_truncated=ended.stdout.truncated,
         stderr_truncated=ended.stderr.truncated,
         wall_time_ms=round(ended.wall_seconds * 1000, 3),
-        cpu_time_ms=round(ended.cpu_seconds * 1000, 3),
-        memory_peak_bytes=ended.peak_bytes,
+        cpu_time_ms=round(ended.usage.cpu_seconds * 1000, 3),
+        memory_peak_bytes=ended.usage.peak_bytes,
         timed_out=status == "timed_out",
         oom_killed=status == "oom_killed",
-        message=_message(status, exit_code, number, this.limits),
-        enforcement="watchdog",
+        message=_message(status, exit_code, number, this.limits) + _refused(ended.usage.forks_refused, this.limits),
+        enforcement="cgroup" if ended.in_cgroup else "watchdog",
+        accounting="exact" if ended.usage.is_exact else "sampled",
         rootfs=this.rootfs.digest,
         limits=this.limits,
         started_at=started_at,
@@ -280,8 +315,14 @@ def _message(status: Status, exit_code: int | None, number: int | None, limits: 
         "timed_out": f"ended at the wall time limit of {limits.timeout:g} s; raise it with --timeout",
         "cpu_time_exceeded": f"ended at the CPU time limit of {limits.cpu_time:g} s; raise it with --cpu-time",
         "output_limit": f"ended at the output limit of {limits.output} bytes; raise it with --output",
+        "disk_limit": ended_message(allowed(limits)),
+        "oom_killed": f"ended at the memory limit of {size_text(limits.memory)}; raise it with --memory",
         "cancelled": "ended because its caller was told to end",
     }.get(status, "the program could not be started")
+
+
+def _refused(forks: int, limits: Limits) -> str:
+    return f"; it was refused processes at its limit of {limits.pids}, which --pids raises" if forks else ""
 
 
 def _signal_name(number: int) -> str:

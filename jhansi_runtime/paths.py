@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jhansi_runtime.errors import InvalidRequestError
 
-__all__ = ["Paths", "api_key", "shipped"]
+__all__ = ["Paths", "api_key", "required", "shipped"]
 
 
 class Paths(NamedTuple):
@@ -70,6 +70,11 @@ class Paths(NamedTuple):
 def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
     """The key that a client sends (JHANSI_API_KEY), None without one. Not a path; but only this module may read it."""
     return environ.get("JHANSI_API_KEY") or None
+
+
+def required(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """What a host must not lack, by the names of the doctor's checks, or `all` (JHANSI_REQUIRE). See api_key."""
+    return frozenset(environ.get("JHANSI_REQUIRE", "").replace(",", " ").split())
 
 
 def shipped(folder: str) -> str:

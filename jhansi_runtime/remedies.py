@@ -11,15 +11,20 @@ from typing import NamedTuple
 __all__ = [
     "ASK_DOCTOR",
     "COVERED_PROC",
+    "NO_SYSTEMD",
     "OLDEST_KERNEL",
     "SETTINGS",
+    "UNIFIED",
+    "WRITABLE_CGROUPS",
     "Setting",
     "covered_proc",
+    "delegate_controllers",
     "kernel_version",
+    "no_bus",
     "remedy_for",
 ]
 
-OLDEST_KERNEL = (5, 12)  # mount_setattr(2), the youngest call that is needed
+OLDEST_KERNEL = (5, 14)  # RLIMIT_NPROC counts for each user namespace; cgroup.kill
 ASK_DOCTOR = "run: jhansi-run doctor"
 
 
@@ -59,7 +64,7 @@ _COUNTS = tuple(  # namespaces(7): The /proc/sys/user directory
 )
 SETTINGS = (*_PERMISSIONS, *_COUNTS)
 
-_OLD_KERNEL = "boot Linux 5.12 or newer: clone3, openat2 and mount_setattr are needed"
+_OLD_KERNEL = "boot Linux 5.14 or newer: RLIMIT_NPROC of a user namespace is needed, clone3, openat2 and mount_setattr"
 _OUTER_RULES = (
     "something around this process forbids it: start the container that this is with --security-opt seccomp=unconfined "
     "--security-opt apparmor=unconfined, or the systemd service without RestrictNamespaces= and SystemCallFilter="
@@ -80,6 +85,26 @@ _BY_ERRNO = {
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
     errno.ENFILE: "run as root: sysctl -w fs.file-max=1000000 (the machine has too many files open)",
 }
+
+# What mends a host without cgroups for us.
+UNIFIED = "boot with the kernel argument systemd.unified_cgroup_hierarchy=1 (cgroup v1 is not used)"
+WRITABLE_CGROUPS = (
+    "this host is itself a container: start it with a writable cgroup tree (docker: --cgroupns=private --privileged, "
+    "podman: --cgroupns=private --security-opt unmask=/sys/fs/cgroup)"
+)
+NO_SYSTEMD = "start it in a service or container that is delegated a cgroup, or as root, or boot with systemd"
+_NO_MANAGER = "run as root: loginctl enable-linger {uid} (it starts this user's systemd now, and at every boot)"
+_NO_SESSION_BUS = "run as root: apt-get install -y dbus-user-session (then log in again)"
+_STOPPED_BUS = "run: systemctl --user unmask dbus.socket && systemctl --user start dbus.socket"
+_NO_SYSTEM_BUS = "run as root: apt-get install -y dbus && systemctl start dbus.socket"
+_SESSION_BUS_UNITS = ("/usr/lib/systemd/user/dbus.socket", "/etc/systemd/user/dbus.socket")
+_DELEGATE = (
+    "run as root: mkdir -p /etc/systemd/system/user@.service.d && "
+    "printf '[Service]\\nDelegate=cpu memory pids\\n' >/etc/systemd/system/user@.service.d/99-jhansi.conf && "
+    "systemctl daemon-reload && systemctl restart user@{uid}.service (that ends what runs in this user's own systemd)"
+)
+_DELEGATE_TO_SERVICE = "give the service Delegate=yes, in which this runs"
+
 # Here a refusal is about the permissions of a folder of the user's, not about what the host allows.
 _STEPS_ON_FILES = frozenset({"sources", "workspace", "working directory"})
 _FOLDERS = "see that the workspace, PETRI_WORKSPACE_ROOT and JHANSI_HOME are this user's, to read and to enter"
@@ -125,6 +150,20 @@ def covered_proc() -> list[str]:
         if not above:
             return []
     return above  # of the last one, which is the one that is seen at /proc
+
+
+def no_bus(uid: int) -> str:
+    """Return what brings the systemd of a user, or of root the system's, within reach."""
+    if uid == 0:
+        return _NO_SYSTEM_BUS
+    if not os.path.exists(f"/run/user/{uid}/systemd"):
+        return _NO_MANAGER.format(uid=uid)
+    return _STOPPED_BUS if any(map(os.path.exists, _SESSION_BUS_UNITS)) else _NO_SESSION_BUS
+
+
+def delegate_controllers(uid: int, *, to_service: bool) -> str:
+    """Return what hands controllers down to this user, or to the one service that this process is in."""
+    return _DELEGATE_TO_SERVICE if to_service or uid == 0 else _DELEGATE.format(uid=uid)
 
 
 def _count_remedy(step: str) -> str:

@@ -5,7 +5,7 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +13,8 @@ from msgspec import UNSET, structs
 
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.engine import Launcher, LauncherProcess, Streams
+from jhansi_runtime.disk import allowed
+from jhansi_runtime.engine import Launcher, LauncherProcess, Processors, Streams
 from jhansi_runtime.errors import (
     BusyError,
     ConflictError,
@@ -25,8 +26,9 @@ from jhansi_runtime.errors import (
 )
 from jhansi_runtime.execution import Exec, Place, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
-from jhansi_runtime.paths import Paths, shipped
+from jhansi_runtime.paths import Paths, required, shipped
 from jhansi_runtime.profiles import ProfileStore
+from jhansi_runtime.room import Room
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
 from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
@@ -80,6 +82,8 @@ class Runtime:
         self._profiles = ProfileStore(shipped("seccomp"), self.paths.cache)
         self._runs = Runs(self.paths.runs)
         self._launcher = launcher or LauncherProcess()
+        self._processors = Processors()
+        self._required = required()
         self._settle_lost_runs()
 
     def __enter__(self) -> Self:
@@ -115,7 +119,7 @@ class Runtime:
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
         ttl: float | None = None,
-        limits: Mapping[str, float] | None = None,
+        limits: Mapping[str, float | bool] | None = None,
         rootfs: RootfsChoice = "recipe",
         idempotency_key: str | None = None,
         at_most: int | None = None,
@@ -206,7 +210,7 @@ class Runtime:
     def put(self, reference: str, source: str, to: str = "") -> list[FileInfo]:
         """Copy a file or folder of the host into the workspace, into the folder `to`; return what was written."""
         sandbox = self.sandbox(reference)
-        with self._sandboxes.hold(sandbox.id) as workspace:
+        with self._sandboxes.hold_to_change(sandbox.id, sandbox.limits) as workspace:
             written = workspace.put(source, to)
         self._record_files("files.write", sandbox.id, written)
         return written
@@ -214,7 +218,7 @@ class Runtime:
     def write(self, reference: str, path: str, content: bytes) -> FileInfo:
         """Write one file of the workspace, atomically; folders on the way are made."""
         sandbox = self.sandbox(reference)
-        with self._sandboxes.hold(sandbox.id) as workspace:
+        with self._sandboxes.hold_to_change(sandbox.id, sandbox.limits) as workspace:
             written = workspace.write(path, [content]).info
         self._record_files("files.write", sandbox.id, [written])
         return written
@@ -248,7 +252,10 @@ class Runtime:
         """Within: one file of the workspace on its way in, as `store` does it, for a caller who has it bit by bit."""
         sandbox = self.sandbox(reference)
         conditions: dict[str, Any] = {"mode": mode, "if_match": if_match, "if_none_match": if_none_match}
-        with self._sandboxes.hold(sandbox.id) as workspace, workspace.receive(path, **conditions) as upload:
+        with (
+            self._sandboxes.hold_to_change(sandbox.id, sandbox.limits) as workspace,
+            workspace.receive(path, **conditions) as upload,
+        ):
 
             def publish() -> Written:
                 written = upload.publish()
@@ -271,7 +278,7 @@ class Runtime:
     def remove_file(self, reference: str, path: str) -> None:
         """Remove a file of the workspace, or a folder with all that is in it."""
         sandbox = self.sandbox(reference)
-        with self._sandboxes.hold(sandbox.id) as workspace:
+        with self._sandboxes.hold_to_change(sandbox.id, sandbox.limits) as workspace:
             workspace.remove(path)
         self._record("files.delete", sandbox.id, paths=[path])
 
@@ -282,7 +289,7 @@ class Runtime:
     def unarchive(self, reference: str, source: "ByteReader") -> "Unpacked":
         """Unpack a tar, plain or compressed, into the workspace; Workspace.unarchive says how. All or nothing."""
         sandbox = self.sandbox(reference)
-        with self._sandboxes.hold(sandbox.id) as workspace:
+        with self._sandboxes.hold_to_change(sandbox.id, sandbox.limits) as workspace:
             unpacked = workspace.unarchive(source)
         self._record(
             "files.write",
@@ -318,7 +325,8 @@ class Runtime:
         who has to know the run_id before the end gives one of new_run_id's.
         """
         sandbox = self.sandbox(request.sandbox)
-        with self._sandboxes.hold(sandbox.id) as workspace:
+        limits = sandbox.limits.changed(request.limits)
+        with self._sandboxes.hold_to_change(sandbox.id, limits) as workspace:
             place = Place(
                 sandbox_id=sandbox.id,
                 workspaces=self.paths.workspaces,
@@ -328,7 +336,6 @@ class Runtime:
             )
             run_id = run_id or new_run_id()
             with self._runs.begin(run_id, {"sandbox_id": sandbox.id}) as run:
-                limits = sandbox.limits.changed(request.limits)
                 request = structs.replace(request, rootfs=request.rootfs or sandbox.rootfs)
                 return self._perform(run, run_id, place, sandbox.language, limits, request, streams)
 
@@ -353,12 +360,12 @@ class Runtime:
             filename = os.path.basename(file)
             with (
                 self._runs.begin(run_id, {"ephemeral": run_id}) as run,
-                self._ephemeral_place(run_id, language, file) as place,
+                self._ephemeral_place(run_id, language, file, limits) as place,
             ):
                 return self._perform(run, run_id, place, language, limits, _named(request, filename), streams)
         _refuse_own_files(workspace, self.paths)
         require_file(file, workspace)
-        with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id) as place:
+        with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id, limits) as place:
             named = _named(request, _inside(workspace, file))
             return self._perform(run, run_id, place, language, limits, named, streams)
 
@@ -375,11 +382,12 @@ class Runtime:
         run_id = new_run_id()
         request = ExecRequest(sandbox="", command=["/bin/true"], rootfs="host", limits={"timeout": _PROBE_SECONDS})
         language = self._rootfs.languages()[0]
+        limits = Limits().changed(request.limits)
         with (
             self._runs.begin(run_id, {"ephemeral": run_id}) as run,
-            self._ephemeral_place(run_id, language, None) as place,
+            self._ephemeral_place(run_id, language, None, limits) as place,
         ):
-            result = self._perform(run, run_id, place, language, Limits().changed(request.limits), request, None)
+            result = self._perform(run, run_id, place, language, limits, request, None)
         if result.exit_code != 0:
             raise HostError(f"a program that does nothing {result.message}", remedy="run: jhansi-run doctor")
 
@@ -440,8 +448,12 @@ class Runtime:
     ) -> ExecResult:
         found = find_program(request, place.files)  # before the rootfs, which may take a minute to build
         rootfs = self._open_rootfs(language, request.rootfs or "recipe")
-        this = Exec(run, run_id, self._actor, place, rootfs, self._profiles.open(), limits, request, found)
-        return perform(this, self._launcher, self.audit, streams or Streams())
+        if self._required & {"all", "cgroup"}:
+            limits = structs.replace(limits, require_cgroup=True)
+        with self._processors.taken(limits.cpus) as processors:
+            profile = self._profiles.open()
+            this = Exec(run, run_id, self._actor, place, rootfs, profile, limits, request, found, processors)
+            return perform(this, self._launcher, self.audit, streams or Streams())
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":
@@ -449,10 +461,10 @@ class Runtime:
         return self._rootfs.open(language, progress=self._progress)
 
     @contextmanager
-    def _ephemeral_place(self, run_id: str, language: str, file: str | None) -> Iterator[Place]:
-        self._sandboxes.create(language=language, limits=Limits(), ephemeral=run_id)
+    def _ephemeral_place(self, run_id: str, language: str, file: str | None, limits: Limits) -> Iterator[Place]:
+        self._sandboxes.create(language=language, limits=limits, ephemeral=run_id)
         try:
-            with self._sandboxes.hold(run_id) as workspace:
+            with self._sandboxes.hold_to_change(run_id, limits) as workspace:
                 if file is not None:
                     workspace.put(file, "")
                 path = self._sandboxes.workspace_path(run_id)
@@ -518,7 +530,7 @@ def _named(request: ExecRequest, filename: str) -> ExecRequest:
 
 
 @contextmanager
-def _folder_place(folder: str, host_id: int | None) -> Iterator[Place]:
+def _folder_place(folder: str, host_id: int | None, limits: Limits) -> Iterator[Place]:
     """A folder of the caller's as the workspace. Started by root, its owner is whom the sandbox is outside."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -532,7 +544,9 @@ def _folder_place(folder: str, host_id: int | None) -> Iterator[Place]:
                 remedy="give the folder to an unprivileged user: chown",
             )
         absolute = os.path.abspath(folder)
-        yield Place(None, absolute, ".", Workspace(descriptor), None if host_id is None else owner)
+        with closing(Room(descriptor, allowed(limits))) as room:
+            workspace = Workspace(descriptor, room=room)
+            yield Place(None, absolute, ".", workspace, None if host_id is None else owner)
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@
         .lock                       held while names are compared and settings change
         ID/                         0700; whoever uses the sandbox has a shared flock on this folder
             sandbox.json            spec.Sandbox, replaced as a whole
+            .changing .holds        who changes the workspace, and what it holds (room.py)
             workspace/              what a container mounts
         .creating-ID .removing-ID   not there yet, not there any more
 
@@ -18,13 +19,15 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from jhansi_runtime import beneath
+from jhansi_runtime.disk import allowed
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
+from jhansi_runtime.room import Room, changing
 from jhansi_runtime.spec import Limits, RootfsChoice, Sandbox, from_json, instant, to_json
 from jhansi_runtime.workspace import Workspace, explained, open_workspace
 
@@ -166,11 +169,26 @@ class Sandboxes:
 
     @contextmanager
     def hold(self, sandbox_id: str) -> Iterator[Workspace]:
-        """Within: the workspace of that id, which cannot be removed meanwhile. Any number may hold it at once."""
+        """Within: the workspace of that id, to be read, which cannot be removed meanwhile.
+
+        Any number may hold it at once, here and in `hold_to_change`.
+        """
         with (
             self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder,
             open_workspace(_WORKSPACE, owner=self.owner, at=folder) as workspace,
         ):
+            yield workspace
+
+    @contextmanager
+    def hold_to_change(self, sandbox_id: str, limits: Limits) -> Iterator[Workspace]:
+        """Within: the workspace of that id, to be changed, with the room that is left in it by these limits."""
+        with (
+            self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder,
+            open_workspace(_WORKSPACE, owner=self.owner, at=folder) as workspace,
+            changing(folder) as change,
+            closing(Room(workspace.fd, allowed(limits), change)) as room,
+        ):
+            workspace.room = room
             yield workspace
 
     def change(

@@ -58,6 +58,7 @@ Status = Literal[
     "failed",
 ]
 Enforcement = Literal["cgroup", "watchdog"]
+Accounting = Literal["exact", "sampled"]
 Encoding = Literal["text", "base64"]
 Scope = Literal["read", "write", "exec", "audit", "admin"]
 RootfsChoice = Literal["recipe", "host"]
@@ -97,14 +98,23 @@ Variable = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^=\u0000]+$"})]
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one exec may use. Every limit named here is enforced on every host."""
+    """What one exec may use. Every limit named here is enforced on every host; ExecResult.enforcement says how.
 
+    require_cgroup is no limit but a demand: to refuse the exec where control groups cannot enforce these.
+    """
+
+    memory: Annotated[int, Meta(ge=8 * MIB, le=64 * 1024 * GIB, description="bytes of memory")] = 512 * MIB
+    cpus: Annotated[float, Meta(ge=0.01, le=10_000, description="share of CPU time, in CPUs")] = 1.0
+    pids: Annotated[int, Meta(ge=1, le=4_000_000, description="processes and threads at once")] = 128
     timeout: Annotated[float, Meta(gt=0, le=86_400, description="wall time, seconds")] = 30.0
-    cpu_time: Annotated[float, Meta(gt=0, le=86_400, description="CPU time of each process, seconds")] = 30.0
+    cpu_time: Annotated[float, Meta(gt=0, le=86_400, description="CPU time, seconds")] = 30.0
     output: Annotated[int, Meta(ge=0, le=GIB, description="bytes of stdout and stderr together")] = MIB
     file_size: Annotated[int, Meta(ge=0, le=1024 * GIB, description="bytes of the largest file written")] = 256 * MIB
     tmp: Annotated[int, Meta(ge=64 * KIB, le=64 * GIB, description="bytes in /tmp, HOME, /dev/shm together")] = 64 * MIB
     nofile: Annotated[int, Meta(ge=8, le=1_048_576, description="open files of each process")] = 1024
+    disk: Annotated[int, Meta(ge=0, le=1024 * 1024 * GIB, description="bytes in the workspace")] = GIB
+    disk_files: Annotated[int, Meta(ge=0, le=1_000_000_000, description="files in the workspace")] = 250_000
+    require_cgroup: Annotated[bool, Meta(description="refuse to run where control groups cannot enforce")] = False
 
     def changed(self, changes: Mapping[str, object]) -> "Limits":
         """These limits with some replaced. InvalidRequestError names a field that is unknown or out of range."""
@@ -132,7 +142,7 @@ class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     name: Name | None = None
     labels: Labels = {}
     ttl: Ttl | None = None
-    limits: dict[str, float] = {}
+    limits: dict[str, float | bool] = {}
     rootfs: RootfsChoice = "recipe"
 
 
@@ -153,7 +163,7 @@ class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: Name | UnsetType | None = UNSET
     labels: Labels | UnsetType = UNSET
     ttl: Ttl | UnsetType | None = UNSET
-    limits: dict[str, float] | UnsetType = UNSET
+    limits: dict[str, float | bool] | UnsetType = UNSET
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,7 +176,7 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     command: list[Text] = []
     args: list[Text] = []
     env: dict[Variable, Text] = {}
-    limits: dict[str, float] = {}
+    limits: dict[str, float | bool] = {}
     rootfs: RootfsChoice | None = None
     encoding: Encoding = "text"
 
@@ -189,7 +199,8 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     """What became of one exec (CONTRACT: ExecResult).
 
     exit_code is None unless status is `exited`; stdout and stderr are None when they were passed through; sandbox_id is
-    None for a one-shot run.
+    None for a one-shot run. accounting says whether the CPU time and the peak of memory are the kernel's own, of every
+    process, or what was seen of them at intervals.
     """
 
     run_id: str
@@ -210,6 +221,7 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     oom_killed: bool
     message: str
     enforcement: Enforcement
+    accounting: Accounting = "sampled"
     rootfs: str
     limits: Limits
     started_at: str

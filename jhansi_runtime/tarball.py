@@ -25,6 +25,7 @@ __all__ = ["pack", "sweep", "unpack"]
 
 MOST_PACKED = 1_000_000  # entries
 _CHUNK = 256 * 1024
+_BLOCK = 4096  # bytes that a name takes beside a file's content, at most: its last block, or a folder's first
 _OWNER_ID = 1000  # who a job is inside: nobody out here learns the ids of this host
 _OWNER_NAME = "sandbox"
 _TYPES = {"file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}
@@ -51,10 +52,12 @@ def unpack(
     workspace: int,
     owner: int | None,
     writing: Callable[[], AbstractContextManager[None]],
+    admit: Callable[[int, int], None],
 ) -> Unpacked:
     """Unpack a tar, plain or compressed, into a workspace: files replace files, folders are merged into.
 
-    All of it belongs to `owner`. writing is the lock under which files get their places. The errors are those of
+    All of it belongs to `owner`. writing is the lock under which files get their places; admit is called before that
+    with the bytes and files that are to come, and raises when there is no room for them. The errors are those of
     archive.unpack, and ConflictError or InvalidRequestError when something in the workspace is in the way; after any
     of them the workspace is as it was.
     """
@@ -63,6 +66,7 @@ def unpack(
         unpacked = archive.unpack(plain, staging, keep_modes=True)
         if owner is not None:
             _give(staging, owner)
+        admit(unpacked.contents + _BLOCK * unpacked.members, unpacked.members)
         with writing():
             _merge(staging, workspace)
     return unpacked

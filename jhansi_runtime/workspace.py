@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import hashlib
 
     from jhansi_runtime.archive import ByteReader, Unpacked
+    from jhansi_runtime.room import Room
 
 __all__ = ["Opened", "Program", "Upload", "Workspace", "Written", "explained", "open_workspace"]
 
@@ -126,11 +127,15 @@ class Upload:
 
 
 class Workspace:
-    """The files beneath one descriptor, `fd`, which whoever made this closes. What is made belongs to `owner`."""
+    """The files beneath one descriptor, `fd`, which whoever made this closes. What is made belongs to `owner`.
 
-    def __init__(self, fd: int, *, owner: int | None = None) -> None:
+    Where there is a `room`, nothing is added that it does not take: DiskLimitError.
+    """
+
+    def __init__(self, fd: int, *, owner: int | None = None, room: "Room | None" = None) -> None:
         self.fd = fd
         self.owner = owner
+        self.room = room
 
     def open_program(self, path: str) -> Program:
         """Look at the file that is to be run, through links that stay inside, and hash it.
@@ -221,14 +226,17 @@ class Workspace:
         inside, wanted = _relative(path), _Wanted(if_match, if_none_match)
         with explained(path):
             self._replaceable(inside, wanted)
+            self._set_aside(inside, 0)
             with (
                 beneath.closing(beneath.nearest_directory(self.fd, os.path.dirname(inside))) as near,
                 beneath.drafting(near, self.owner, 0o600) as draft,
             ):
-                yield Upload(
-                    lambda chunk: beneath.write_all(draft.fd, chunk),
-                    lambda: self._publish(draft, inside, mode, wanted),
-                )
+
+                def add(chunk: bytes) -> None:
+                    self._admit(len(chunk), 0)
+                    beneath.write_all(draft.fd, chunk)
+
+                yield Upload(add, lambda: self._publish(draft, inside, mode, wanted))
 
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all that is in it. A link is removed, not what it leads to."""
@@ -237,6 +245,8 @@ class Workspace:
             raise InvalidRequestError("the workspace itself cannot be removed", remedy="remove the sandbox instead")
         with explained(path), beneath.closing(beneath.open_directory(self.fd, above)) as parent:
             beneath.remove(parent, name)
+            if self.room is not None:
+                self.room.freed()
 
     def put(self, source: str, to: str = "") -> list[FileInfo]:
         """Copy a file or folder of the host into the folder `to` of the workspace, under its own name.
@@ -260,9 +270,10 @@ class Workspace:
             inside = _joined(folder, name)
             with explained(inside), beneath.closing(beneath.make_directories(self.fd, folder, self.owner)) as parent:
                 if kind == "file":
+                    self._set_aside(inside, os.fstat(handle).st_size)
                     beneath.copy_file(handle, parent, name, self.owner)
                     return [self._info(inside)]
-                entries = beneath.walk(handle, limit=MOST_COPIED)
+                entries = self._fitting(inside, beneath.walk(handle, limit=MOST_COPIED))
                 paths = [path for path, _ in beneath.copy_folder(handle, entries, parent, name, self.owner)]
                 return [self._info(_joined(inside, path)) for path in paths]
 
@@ -309,7 +320,7 @@ class Workspace:
         from jhansi_runtime import tarball  # noqa: PLC0415 - see archive
 
         with explained(INSIDE):
-            return tarball.unpack(source, self.fd, self.owner, self._writing)
+            return tarball.unpack(source, self.fd, self.owner, self._writing, self._admit)
 
     def sweep(self) -> None:
         """Remove what an `unarchive` that was killed has left beside the workspace."""
@@ -317,6 +328,23 @@ class Workspace:
 
         with explained(INSIDE), self._writing():
             tarball.sweep(self.fd)
+
+    def _set_aside(self, inside: str, size: int) -> None:
+        if self.room is not None:
+            self.room.take_for(inside, size)
+
+    def _fitting(self, inside: str, entries: Iterable[beneath.Entry]) -> Iterator[beneath.Entry]:
+        """Yield what is to be copied into a folder as long as there is room for it."""
+        self._set_aside(inside, 0)
+        for entry in entries:
+            if self.room is not None:
+                self.room.arrived()
+            self._set_aside(_joined(inside, entry.path), entry.status.st_size)
+            yield entry
+
+    def _admit(self, size: int, files: int) -> None:
+        if self.room is not None:
+            self.room.take(size, files)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -34,12 +34,14 @@ TABLE = {
     "spec": May("errors", "msgspec"),
     # The trusted core knows nothing of the rest. It loads pyseccomp only to compile a profile, never for an exec.
     "isolation": May("", "prctl pyseccomp"),
-    "engine": May("isolation errors spec remedies digest", "psutil"),
+    "engine": May("isolation errors spec remedies digest", "psutil jeepney"),
     # The stores do not know each other: what stands beside BASE is a store's own half in another file.
     "beneath": May(BASE),
-    "workspace": May(f"{BASE} beneath archive tarball"),
+    "disk": May(f"{BASE} beneath"),
+    "room": May(f"{BASE} beneath disk"),
+    "workspace": May(f"{BASE} beneath archive tarball room"),
     "tarball": May(f"{BASE} beneath archive"),
-    "sandboxes": May(f"{BASE} beneath workspace", "msgspec"),
+    "sandboxes": May(f"{BASE} beneath workspace disk room", "msgspec"),
     "tree": May(BASE),
     # compression is the standard library's from Python 3.14 on.
     "archive": May(BASE, "zstandard compression"),
@@ -55,9 +57,10 @@ TABLE = {
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),
     "settings": May("errors spec"),
     # The verbs, and the one exec among them, are the only composers.
-    "execution": May(f"{BASE} isolation engine rootfs profiles workspace audit runs", "msgspec"),
+    "execution": May(f"{BASE} isolation engine rootfs profiles workspace disk audit runs", "msgspec"),
     "runtime": May(
-        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace archive audit runs settings",
+        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace disk room archive audit runs "
+        "settings",
         "msgspec",
     ),
     "background": May(f"{BASE} engine detached runtime", "msgspec"),

@@ -134,9 +134,12 @@ def options_of(routes: Sequence[BaseRouteHandler]) -> HTTPRouteHandler:
     return options
 
 
-def exact(limits: Mapping[str, float]) -> dict[str, float]:
+def exact(limits: Mapping[str, float | bool]) -> dict[str, float | bool]:
     """Limits as they were sent: JSON has one kind of number, and the decoder makes a float of each."""
-    return {name: int(value) if value.is_integer() else value for name, value in limits.items()}
+    return {
+        name: int(value) if not isinstance(value, bool) and value.is_integer() else value
+        for name, value in limits.items()
+    }
 
 
 def service_of(request: AnyRequest) -> Service:

@@ -115,17 +115,28 @@ ROOTFS = click.option(
 )
 
 LIMITS = (
+    ("--memory", size, "Memory of all its processes, and what it has in --tmp [default: 512M]."),
+    ("--cpus", click.FLOAT, "How many CPUs' worth of time it gets, and how many it sees [default: 1]."),
+    ("--pids", click.INT, "Processes and threads at once [default: 128]."),
     ("--timeout", duration, "Wall time [default: 30s]."),
-    ("--cpu-time", duration, "CPU time of each process [default: 30s]."),
+    ("--cpu-time", duration, "CPU time [default: 30s]."),
     ("--output", size, "Stdout and stderr together [default: 1M]."),
     ("--file-size", size, "The largest file that may be written [default: 256M]."),
     ("--tmp", size, "What /tmp, /dev/shm and the home directory hold together [default: 64M]."),
     ("--nofile", click.INT, "Open files of each process [default: 1024]."),
+    ("--disk", size, "What the workspace may hold [default: 1G]."),
+    ("--disk-files", click.INT, "Files and folders that the workspace may hold [default: 250000]."),
 )
 
 
 def limit_options(command: _Command) -> _Command:
     """The limits of an exec as options; each reaches the command under its name in spec.Limits, or as None."""
+    command = click.option(
+        "--require-cgroup",
+        is_flag=True,
+        default=None,
+        help="Refuse to run where control groups cannot enforce the limits.",
+    )(command)
     for name, kind, explanation in reversed(LIMITS):
         command = click.option(name, type=kind, help=explanation)(command)
     return command

@@ -61,7 +61,7 @@ def exec_command(
     stdin_path: str | None,
     as_json: bool,
     result_path: str | None,
-    **limits: float | None,
+    **limits: float | bool | None,
 ) -> int:
     """Run a file of the workspace in a fresh container.
 
@@ -99,7 +99,7 @@ def run_command(
     stdin_path: str | None,
     as_json: bool,
     result_path: str | None,
-    **limits: float | None,
+    **limits: float | bool | None,
 ) -> int:
     """Run one file of the host in a sandbox that is gone afterwards.
 
@@ -126,7 +126,7 @@ def shell_command(
     sandbox: str,
     rootfs: str | None,
     pairs: tuple[tuple[str, str], ...],
-    **limits: float | None,
+    **limits: float | bool | None,
 ) -> int:
     """Open a terminal in a fresh container.
 

@@ -61,7 +61,7 @@ class SandboxOptions(TypedDict, total=False):
     name: str | None
     labels: dict[str, str]
     ttl: float | None
-    limits: dict[str, float]
+    limits: dict[str, float | bool]
     rootfs: RootfsChoice
     idempotency_key: str
 
@@ -72,7 +72,7 @@ class Changes(TypedDict, total=False):
     name: str | None
     labels: dict[str, str]
     ttl: float | None
-    limits: dict[str, float]
+    limits: dict[str, float | bool]
 
 
 class JobOptions(TypedDict, total=False):
@@ -81,7 +81,7 @@ class JobOptions(TypedDict, total=False):
     command: Sequence[str]
     env: Mapping[str, str]
     stdin: str | bytes
-    limits: Mapping[str, float]
+    limits: Mapping[str, float | bool]
     rootfs: RootfsChoice
     encoding: Encoding
 

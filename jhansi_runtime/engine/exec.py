@@ -1,8 +1,8 @@
 """One exec: a slot, its order, its streams, its clock, and what became of it.
 
 Everything that can end an exec early meets in one poll loop: the job's own end, the wall clock, the output limit, a
-signal to the caller. Whichever comes first is the reason; the slot is then killed as a whole, and what the job had
-written until then is still passed on.
+signal to the caller, what a watch has seen. Whichever comes first is the reason; the slot is then killed as a whole,
+and what the job had written until then is still passed on.
 """
 
 import math
@@ -10,13 +10,17 @@ import os
 import select
 import signal
 import time
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
-from jhansi_runtime.engine.slot import Progress, Reaped, Slot, step_failed
+from jhansi_runtime.engine.slot import Progress, Slot, step_failed
+from jhansi_runtime.engine.watchdog import Watchdog
+from jhansi_runtime.engine.watches import Bounds, GroupWatch, Reason, Watch
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation.channel import EXECVE, Failure, Order, Outcome
 
 __all__ = ["Ended", "execute"]
@@ -28,9 +32,6 @@ _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUI
 _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 _LONGEST_WAIT_SECONDS = 3600.0
 _FLUSH_AHEAD_SECONDS = 0.03
-
-
-Reason = Literal["timed_out", "output_limit", "cancelled"]
 
 
 class Log(Protocol):
@@ -52,8 +53,23 @@ class Written(NamedTuple):
     captured: bytes
 
 
+class Usage(NamedTuple):
+    """What the processes of an exec have used: CPU seconds, the peak of memory in bytes, forks that were refused.
+
+    is_exact: the kernel has counted it all. Otherwise what init has reaped, and what the watchdog has seen.
+    """
+
+    cpu_seconds: float
+    peak_bytes: int
+    forks_refused: int
+    is_exact: bool
+
+
 class Ended(NamedTuple):
-    """How an exec ended: reason says why early, if it was; failure, why the program did not start."""
+    """How an exec ended: reason says why early, if it was; failure, why the program did not start.
+
+    in_cgroup: its limits were the kernel's to enforce.
+    """
 
     outcome: Outcome | None
     failure: Failure | None
@@ -61,23 +77,24 @@ class Ended(NamedTuple):
     stdout: Written
     stderr: Written
     wall_seconds: float
-    cpu_seconds: float
-    peak_bytes: int
+    usage: Usage
+    in_cgroup: bool
 
 
 def execute(
     slot: Slot,
     order: Order,
     streams: Streams,
+    bounds: Bounds,
     *,
     stdin: bytes,
-    timeout: float,
-    output_bytes: int,
     log: Log | None = None,
+    watches: Sequence[Watch] = (),
 ) -> Ended:
     """Run one order in a slot, which its owner then closes.
 
-    stdin is fed when streams.stdin is None; timeout is in seconds; log, if any, is flushed when it asks for it.
+    stdin is fed when streams.stdin is None; log, if any, is flushed when it asks for it; watches look while the job
+    runs, besides the one that goes with the slot.
 
     HostError when a step of isolation fails: nothing was run. OSError when the host's own streams cannot be used.
     """
@@ -85,20 +102,17 @@ def execute(
         size = wiring.size
         slot.start(order._replace(terminal=size, on_terminal=wiring.on_terminal), wiring.passed)
         wiring.passed_on()
-        run = _Run(slot, wiring, log, streams.control, timeout, output_bytes)
+        run = _Run(slot, wiring, log, streams.control, bounds, watches)
         run.until_ended()
-        outcome = run.outcome
-        # init reaps all there is before it reports; only what could not report is accounted for by the kernel alone.
-        usage = Reaped(outcome.cpu_seconds, outcome.peak_bytes) if outcome else slot.close()
         return Ended(
-            outcome=outcome,
+            outcome=run.outcome,
             failure=run.failure,
             reason=run.reason,
             stdout=_written(wiring.stdout),
             stderr=_written(wiring.stderr),
             wall_seconds=run.wall_seconds,
-            cpu_seconds=usage.cpu_seconds,
-            peak_bytes=usage.peak_bytes,
+            usage=_usage(slot, run),
+            in_cgroup=slot.group is not None,
         )
 
 
@@ -106,18 +120,25 @@ class _Run:
     """The poll loop and what it has learnt. The slot is alive until init has said its last word."""
 
     def __init__(
-        self, slot: Slot, wiring: Wiring, log: Log | None, control: int | None, timeout: float, output_bytes: int
+        self,
+        slot: Slot,
+        wiring: Wiring,
+        log: Log | None,
+        control: int | None,
+        bounds: Bounds,
+        watches: Sequence[Watch],
     ) -> None:
         self.outcome: Outcome | None = None
         self.failure: Failure | None = None
         self.reason: Reason | None = None
         self.wall_seconds = 0.0
+        self.watchdog: Watchdog | None = None
+        self._watches = list(watches)
         self._slot = slot
         self._wiring = wiring
         self._log = log
         self._control = control
-        self._output_bytes = output_bytes
-        self._timeout = timeout
+        self._bounds = bounds
         self._ready = False
         self._began = time.monotonic()
         self._deadline = self._began + _READY_WITHIN_SECONDS
@@ -138,6 +159,18 @@ class _Run:
             self._move(ready)
             if self._alive and time.monotonic() >= self._deadline:
                 self._expire()
+            if self._is_watched:
+                self._look()
+
+    @property
+    def _is_watched(self) -> bool:
+        return self._alive and self._ready and self.reason is None
+
+    def _look(self) -> None:
+        for watch in self._watches:
+            if watch.due_in() <= 0 and (reason := watch.look()) is not None:
+                self._end(reason)
+                return
 
     def _flush(self, *, due_within: float) -> None:
         if self._log is not None:
@@ -164,6 +197,8 @@ class _Run:
         seconds = _LONGEST_WAIT_SECONDS
         if self._alive:
             seconds = min(seconds, self._deadline - time.monotonic())
+        if self._is_watched:
+            seconds = min(seconds, *(watch.due_in() for watch in self._watches))
         flush_in = None if self._log is None else self._log.flush_in()
         if flush_in is not None:
             seconds = min(seconds, flush_in)
@@ -174,7 +209,7 @@ class _Run:
             interest = output.interest()
             if interest is None or interest[0] not in ready:
                 continue
-            allowance = self._output_bytes - sum(other.count for other in self._wiring.outputs)
+            allowance = self._bounds.output_bytes - sum(other.count for other in self._wiring.outputs)
             if not output.advance(allowance):
                 self._end("output_limit")
         if self._wiring.input is not None:
@@ -189,7 +224,8 @@ class _Run:
         if message is Progress.READY:
             self._ready = True
             self._began = time.monotonic()
-            self._deadline = self._began + self._timeout if not self._cancelling else self._deadline
+            self._deadline = self._began + self._bounds.timeout if not self._cancelling else self._deadline
+            self._watches.append(self._own_watch())
             return
         if isinstance(message, int):
             self._wiring.connect_terminal(message)
@@ -202,12 +238,21 @@ class _Run:
             if self._cancelling and os.WIFSIGNALED(message.wait_status):
                 self.reason = self.reason or "cancelled"
         elif message is None:
+            # When memory runs out, the kernel ends all that is in the cgroup, init among them.
+            if self._slot.group is not None and cgroup.figures(self._slot.group).oom_kills:
+                self.reason = self.reason or "oom_killed"
             if self.reason is None:
                 raise HostError("init ended without saying how the job did")
         elif message.step == EXECVE:
             self.failure = message
         else:
             raise step_failed(message)
+
+    def _own_watch(self) -> Watch:
+        if self._slot.group is not None:
+            return GroupWatch(self._slot.group, self._bounds)
+        self.watchdog = Watchdog(self._slot, self._bounds)
+        return self.watchdog
 
     def _obey(self) -> None:
         assert self._control is not None  # noqa: S101 - it was polled
@@ -245,6 +290,25 @@ class _Run:
         self.reason = self.reason or reason
         self._slot.signal(signal.SIGKILL)
         self._deadline = time.monotonic() + _ENDED_WITHIN_SECONDS
+
+
+def _usage(slot: Slot, run: _Run) -> Usage:
+    """Return what an exec that has ended has used. Without an outcome, whatever is left of it is ended first."""
+    outcome = run.outcome
+    if slot.group is not None:
+        if outcome is None:
+            slot.kill()
+        figures = cgroup.figures(slot.group)
+        cpu_seconds = figures.cpu_seconds - (outcome.init_seconds if outcome else 0.0)
+        peak = figures.peak_bytes
+        if peak is not None:
+            return Usage(max(0.0, cpu_seconds), peak, figures.forks_refused, is_exact=True)
+        peak = outcome.peak_bytes if outcome else 0
+        return Usage(max(0.0, cpu_seconds), peak, figures.forks_refused, is_exact=False)
+    seen = run.watchdog.peak_bytes if run.watchdog else 0
+    # init reaps all there is before it reports; only what could not report is accounted for by the kernel alone.
+    used = outcome or slot.close()
+    return Usage(used.cpu_seconds, max(used.peak_bytes, seen), forks_refused=0, is_exact=False)
 
 
 def _written(output: Output | None) -> Written:

@@ -4,11 +4,15 @@ Both offer the same two verbs, launch and reap, and a Slot does not tell them ap
 """
 
 import _thread
+import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from jhansi_runtime.engine.delegation import Delegation, delegate, none
 from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Channel, Container, Reaped
 from jhansi_runtime.isolation.spawn import Spawned, spawn
@@ -20,6 +24,9 @@ _ATTEMPTS = 2  # the first may find that the launcher has died since it was last
 
 class Launcher(Protocol):
     """What a Slot needs: someone to clone init, and later to wait for it, as only its parent can."""
+
+    def delegation(self) -> Delegation:
+        """Return where this launcher makes the cgroups of containers, or why it makes none."""
 
     def launch(self, container: Container, channel: Channel) -> None:
         """Begin a container whose init talks over `channel`; how it goes is told there."""
@@ -42,6 +49,10 @@ class Launcher(Protocol):
 
 class InProcess:
     """This process is the launcher: it must have one thread, and is copied for each container with all it holds."""
+
+    def delegation(self) -> Delegation:
+        """See Launcher. To hand controllers down this process would have to be moved, which its owner has not asked."""
+        return none("this process is its own launcher", remedy="let a launcher process build the containers")
 
     def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher."""
@@ -73,16 +84,34 @@ class LauncherProcess:
     """A process of its own, started at the first launch or handed over as `spawned`. May be used by several threads.
 
     One that has died is started again at the next launch; its containers died with it. ahead: as soon as a container is
-    built, another is begun for the launch to come; not for a caller who wants no more than one.
+    built, another is begun for the launch to come; not for a caller who wants no more than one. delegate finds the
+    cgroup for the containers of a launcher of that pid; by default delegation.delegate does.
     """
 
-    def __init__(self, spawned: Spawned | None = None, *, ahead: bool = True) -> None:
+    def __init__(
+        self,
+        spawned: Spawned | None = None,
+        *,
+        ahead: bool = True,
+        delegate: Callable[[int], Delegation] = delegate,
+    ) -> None:
         self._mutex = _thread.allocate_lock()
         self._ahead = ahead
+        self._delegate = delegate
+        self._delegation: Delegation | None = None
         self._pid = -1
         self._channel: Channel | None = None
         if spawned is not None:
             self._adopt(spawned)
+
+    def delegation(self) -> Delegation:
+        """See Launcher. The launcher is started for it, if it has not been."""
+        for _ in range(_ATTEMPTS):
+            with self._mutex, suppress(BrokenPipeError):
+                return self._delegated(self._channel or self._adopt(_spawn()))
+            self.close()
+            self.wait()
+        raise _dies()
 
     def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
@@ -90,11 +119,12 @@ class LauncherProcess:
         for _ in range(_ATTEMPTS):
             with self._mutex, suppress(BrokenPipeError):
                 connection = self._channel or self._adopt(_spawn())
+                self._delegated(connection)
                 connection.send(messages.LAUNCH, request, (channel.fileno(),))
                 return
             self.close()
             self.wait()
-        raise HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
+        raise _dies()
 
     def begin(self) -> None:
         """See Launcher."""
@@ -132,11 +162,42 @@ class LauncherProcess:
                 with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
                     os.waitpid(self._pid, 0)
                 self._pid = -1
+                if self._delegation is not None and self._delegation.base is not None:
+                    _sweep(self._delegation.base)
+                self._delegation = None
 
     def _adopt(self, spawned: Spawned) -> Channel:
         self._pid = spawned.pid
         self._channel = Channel(spawned.socket)
         return self._channel
+
+    def _delegated(self, connection: Channel) -> Delegation:
+        """Return the delegation of the launcher there is, which is asked for once."""
+        if self._delegation is None:
+            found = self._delegate(self._pid)
+            if found.base is not None:
+                connection.send(messages.DELEGATE, os.fsencode(found.base))
+                kind, body, _ = connection.receive()
+                if kind != messages.DELEGATED:
+                    raise BrokenPipeError(errno.EPIPE, "the launcher has died")
+                failure = messages.decode_failure(body)
+                if failure.errno:
+                    found = none(f"the cgroup {found.base} cannot be used: {failure.detail}", found.remedy)
+            self._delegation = found
+        return self._delegation
+
+
+def _dies() -> HostError:
+    return HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
+
+
+def _sweep(base: str) -> None:
+    """Remove what the launcher has left of its cgroups: it was in one itself. systemd removes its scope on its own."""
+    try:
+        cgroup.sweep(base)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENODEV}:
+            raise
 
 
 def _spawn() -> Spawned:

@@ -28,11 +28,17 @@ class Progress(Enum):
 
 
 class Slot:
-    """One container. A context manager: leaving it kills and reaps whatever is still there."""
+    """One container. A context manager: leaving it kills and reaps whatever is still there.
+
+    group is a descriptor of its cgroup, None before it is launched and where it has none; proc is one of its /proc,
+    once it is ready.
+    """
 
     def __init__(self, container: Container, launcher: Launcher) -> None:
         self._launcher = launcher
         self._pid = self._pidfd = -1
+        self._scratch = self.proc = -1
+        self.group: int | None = None
         self._ordered = self._has_ended = False
         self._reaped: Reaped | None = None
         self._channel, theirs = messages.pair()
@@ -51,6 +57,11 @@ class Slot:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def scratch_bytes(self) -> int:
+        """Return how many bytes there are in /tmp, HOME and /dev/shm of a container that is ready."""
+        status = os.statvfs(self._scratch)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
 
     @property
     def channel(self) -> int:
@@ -76,9 +87,12 @@ class Slot:
         """
         kind, body, descriptors = self._channel.receive()
         if kind == messages.LAUNCHED:
-            self._pid, self._pidfd = messages.decode_pid(body), descriptors[0]
+            self._pid = messages.decode_pid(body)
+            self._pidfd, *group = descriptors
+            self.group = group[0] if group else None
             return Progress.LAUNCHED
         if kind == messages.READY:
+            self._scratch, self.proc = descriptors
             self._launcher.begin()  # now, while this host and init have nothing to do but wait for the job
             return Progress.READY
         if kind == messages.TERMINAL:
@@ -117,6 +131,9 @@ class Slot:
                     self.kill()
                     self._reaped = self._launcher.reap(self._pid)
                 os.close(self._pidfd)
+            for descriptor in (self._scratch, self.proc, self.group):
+                if descriptor is not None and descriptor >= 0:
+                    os.close(descriptor)
             self._channel.close()
         return self._reaped
 

@@ -13,14 +13,16 @@ import os
 import struct
 from typing import NamedTuple
 
+from jhansi_runtime.isolation.cgroup import Limits
+
 __all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Reaped", "pair"]
 
-LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptor: its pidfd)
-READY = b"r"  # init: the container is built
+LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptors: its pidfd, and its cgroup if it has one)
+READY = b"r"  # init: the container is built (descriptors: the filesystem of /tmp, HOME and /dev/shm; its /proc)
 # Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams.
 ORDER = b"o"
 TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
-SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL is for everything in the container
+SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL, SIGSTOP, SIGCONT are for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
 BEGIN = b"b"  # host to launcher: a container will be wanted; do what is the same for all
@@ -28,6 +30,8 @@ LAUNCH = b"l"  # host to launcher, launcher to init: build this container (descr
 MAPPED = b"m"  # launcher to init: the id map is written
 REAP = b"w"  # host to launcher: wait for this init, and tell
 RELEASE = b"q"  # host to launcher: wait for this init, which is ending by itself
+DELEGATE = b"g"  # host to launcher: make the cgroups of containers below this one
+DELEGATED = b"c"  # launcher: done, or why it cannot be
 REAPED = b"e"  # launcher: it is gone, and what it used
 
 EXECVE = "execve"  # the step whose failure is the program's fault
@@ -35,7 +39,7 @@ EXECVE = "execve"  # the step whose failure is the program's fault
 _PACKET = 1 << 14
 _REPORT = 4032
 _DESCRIPTORS = 8
-_EXIT = struct.Struct("=iddQ")
+_EXIT = struct.Struct("=idddQ")
 _FAILED = struct.Struct("=i")
 _PID = struct.Struct("=i")
 _REAPED = struct.Struct("=dQ")
@@ -46,7 +50,8 @@ class Container(NamedTuple):
 
     tree is the rootfs; binds are (host path, path in the tree) laid over it read-only; workspaces is the folder that
     an order's workspace lies in; tmp_bytes bounds /tmp, HOME and /dev/shm together; host_id is the id outside that
-    uid and gid 1000 stand for, None for the caller's own.
+    uid and gid 1000 stand for, None for the caller's own; processors are the numbers of the CPUs that are seen inside;
+    cgroup is what its cgroup limits it to, None for a container that is to have no cgroup of its own.
     """
 
     tree: str
@@ -54,6 +59,8 @@ class Container(NamedTuple):
     workspaces: str
     tmp_bytes: int
     host_id: int | None
+    processors: tuple[int, ...]
+    cgroup: Limits | None
 
 
 class Order(NamedTuple):
@@ -61,8 +68,9 @@ class Order(NamedTuple):
 
     terminal is (rows, columns) of a pty to make for it, or None; on_terminal says which of stdin, stdout and stderr
     are that pty, and the others are the descriptors passed with the order, in that sequence.
-    argv and environment are bytes as execve takes them; cpu_seconds, file_bytes and open_files are rlimits;
-    filters are compiled seccomp programs, all installed, the strictest answer wins.
+    argv and environment are bytes as execve takes them; cpu_seconds, file_bytes, open_files and processes are rlimits;
+    processors are the CPUs that the job may run on; filters are compiled seccomp programs, all installed, the strictest
+    answer wins.
     """
 
     workspace: str
@@ -73,18 +81,22 @@ class Order(NamedTuple):
     cpu_seconds: int
     file_bytes: int
     open_files: int
+    processes: int
+    processors: tuple[int, ...]
     filters: tuple[bytes, ...]
 
 
 class Outcome(NamedTuple):
     """How the job ended: its wait status, CPU seconds of all processes but init, peak resident bytes of the largest.
 
-    counted_seconds are the CPU seconds of the job's first process as its limit, RLIMIT_CPU, counts them.
+    counted_seconds are the CPU seconds of the job's first process as its limit, RLIMIT_CPU, counts them; init_seconds
+    are init's own.
     """
 
     wait_status: int
     cpu_seconds: float
     counted_seconds: float
+    init_seconds: float
     peak_bytes: int
 
 
@@ -175,12 +187,14 @@ def read_order(descriptor: int) -> Order:
 
 def encode_container(container: Container) -> bytes:
     """Return the body of a LAUNCH message."""
-    return marshal.dumps(tuple(container))
+    cgroup = None if container.cgroup is None else tuple(container.cgroup)
+    return marshal.dumps((*container[:-1], cgroup))
 
 
 def decode_container(body: bytes) -> Container:
     """Return what a LAUNCH message asks for."""
-    return Container(*marshal.loads(body))  # noqa: S302 - written by encode_container, never by a job
+    container = Container(*marshal.loads(body))  # noqa: S302 - written by encode_container, never by a job
+    return container._replace(cgroup=None if container.cgroup is None else Limits(*container.cgroup))
 
 
 def encode_outcome(outcome: Outcome) -> bytes:

@@ -10,7 +10,7 @@ import select
 import signal
 import time
 from contextlib import suppress
-from resource import RUSAGE_CHILDREN, getrusage
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import NamedTuple, NoReturn
 
 import prctl
@@ -25,6 +25,7 @@ from jhansi_runtime.isolation.syscalls import clone3, erase
 __all__ = ["main"]
 
 HOSTNAME = "sandbox"
+_FOR_ALL = frozenset({signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT})
 _REPORT_BYTES = 4096
 
 
@@ -58,7 +59,7 @@ def _live(launcher: Channel, host_id: int | None) -> None:
         if isinstance(begun, StepError):
             raise begun
         root = _build(container, begun)
-        channel.send(messages.READY)
+        _say_ready(root, channel)
         outcome = _run(root, begun, channel)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
@@ -117,7 +118,7 @@ def _build(container: Container, waiting: _Waiting) -> int:
     with step("user namespace limit"):
         idmap.allow_one_more_namespace()
     with step("mounts"):
-        root = mounts.build_root(sources, container.tmp_bytes)
+        root = mounts.build_root(sources, container.tmp_bytes, container.processors)
     # Half way through pivot_root the root of this mount namespace is not that of its processes, and the kernel refuses
     # a user namespace to such (unshare(2), EPERM: chroot): the job must have its own by then.
     _await_job(waiting)
@@ -125,6 +126,13 @@ def _build(container: Container, waiting: _Waiting) -> int:
         # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
     return root
+
+
+def _say_ready(root: int, channel: Channel) -> None:
+    descriptors = mounts.open_for_host(root)
+    channel.send(messages.READY, descriptors=descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _fork_job(host_id: int | None) -> _Waiting:
@@ -222,9 +230,9 @@ def _supervise(pid: int, wakeup: int, channel: Channel) -> Outcome:
 
 
 def _signal(pid: int, number: int) -> None:
-    """Send it to the job's process group, as a terminal would; SIGKILL to everything in the container."""
+    """Send it to the job's process group, as a terminal would; those that nobody can catch to all in the container."""
     try:
-        if number == signal.SIGKILL:
+        if number in _FOR_ALL:
             os.kill(-1, number)
         else:
             os.killpg(pid, number)
@@ -271,5 +279,11 @@ def _limited_clock(pid: int) -> int:
 
 
 def _outcome(wait_status: int, counted_seconds: float) -> Outcome:
-    usage = getrusage(RUSAGE_CHILDREN)
-    return Outcome(wait_status, usage.ru_utime + usage.ru_stime, counted_seconds, peak_bytes=usage.ru_maxrss * 1024)
+    usage, own = getrusage(RUSAGE_CHILDREN), getrusage(RUSAGE_SELF)
+    return Outcome(
+        wait_status=wait_status,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        counted_seconds=counted_seconds,
+        init_seconds=own.ru_utime + own.ru_stime,
+        peak_bytes=usage.ru_maxrss * 1024,
+    )

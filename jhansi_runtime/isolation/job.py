@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import prctl
 
-from jhansi_runtime.isolation import caps, idmap, seccomp, terminal
+from jhansi_runtime.isolation import caps, idmap, processors, seccomp, terminal
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import EXECVE, Channel, Failure, Order, encode_failure
 from jhansi_runtime.isolation.detach import detach
@@ -73,6 +73,8 @@ def _confine(order: Order, root: int, streams: list[int], report: int) -> None:
             os.dup2(stream, number)
         if order.terminal:
             terminal.adopt(order.on_terminal.index(True))
+    with step("processors"):
+        processors.run_on(order.processors)
     with step("limits"):
         _limit(order)
     # Late, because every step before may have opened something.
@@ -109,6 +111,8 @@ def _limit(order: Order) -> None:
         resource.RLIMIT_CPU: (order.cpu_seconds, order.cpu_seconds + 1),
         resource.RLIMIT_FSIZE: (order.file_bytes, order.file_bytes),
         resource.RLIMIT_NOFILE: (order.open_files, order.open_files),
+        # Of the job's own user namespace, in which there is nobody else (before Linux 5.14: of all of the user's).
+        resource.RLIMIT_NPROC: (order.processes, order.processes),
         resource.RLIMIT_MEMLOCK: (_LOCKED_BYTES, _LOCKED_BYTES),
         resource.RLIMIT_STACK: (_STACK_BYTES, resource.RLIM_INFINITY),
         resource.RLIMIT_NICE: (0, 0),

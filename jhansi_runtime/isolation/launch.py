@@ -9,8 +9,9 @@ import signal
 from functools import cache
 from typing import NamedTuple
 
+from jhansi_runtime.isolation import cgroup, idmap, inside, processors
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import idmap, inside
+from jhansi_runtime.isolation.cgroup import Branch, Group
 from jhansi_runtime.isolation.channel import Channel, Container, Reaped
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import (
@@ -31,76 +32,97 @@ NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_N
 
 
 class Begun(NamedTuple):
-    """A container of which nobody knows yet what is to be in it: its init, how to talk to it, and as whom it lives."""
+    """A container of which nobody knows yet what is to be in it: its init, how to talk to it, and as whom it lives.
+
+    group is its cgroup, None when there is no branch to make one in.
+    """
 
     pid: int
     pidfd: int
     init: Channel
     host_id: int | None
+    group: Group | None
 
 
-def begin(host_id: int | None) -> Begun:
+def begin(host_id: int | None, branch: Branch | None = None) -> Begun:
     """Clone an init, which prepares as far as it can and waits. StepError when the kernel refuses.
 
+    With a branch, it begins in a new cgroup there, without limits yet.
     Whoever calls this must have one thread, must reap the pid, and takes the container along when it dies.
     """
     with step("one thread"):
         _require_one_thread()
+    with step("processors of the host"):
+        processors.remember()
     command_line = _command_line()
     with step("channel"):
         ours, theirs = messages.pair()
-    begun = None
+    begun = group = None
     try:
+        if branch is not None:
+            with step("cgroup"):
+                group = cgroup.make(branch)
         with step("namespaces"):
-            pid, pidfd = clone3(NAMESPACES)
+            pid, pidfd = clone3(NAMESPACES, group.descriptor if group else None)
         if pid == 0:
             inside.main(theirs, host_id, command_line)
-        begun = Begun(pid, pidfd, ours, host_id)
+        begun = Begun(pid, pidfd, ours, host_id, group)
         with step("id map"):
             idmap.map_from_parent(pid, host_id)
             ours.send(messages.MAPPED)
     except StepError:
-        if begun is None:
-            ours.close()
+        if begun is not None:
+            end(begun, branch)
         else:
-            end(begun)
+            ours.close()
+            _remove_group(branch, group)
         raise
     finally:
         theirs.close()
     return begun
 
 
-def launch(container: Container, channel: Channel, begun: Begun | None = None) -> None:
-    """Have a container built whose init talks over `channel`: LAUNCHED with its pid and pidfd, or FAILED, comes first.
+def launch(
+    container: Container, channel: Channel, begun: Begun | None = None, branch: Branch | None = None
+) -> Begun | None:
+    """Have a container built whose init talks over `channel`; return it, to be reaped, or None if there is none.
 
+    LAUNCHED comes first there, with its pid, its pidfd and a descriptor of its cgroup if it has one; or FAILED.
     begun is one to take, if it will do. Conditions are those of `begin`.
     """
     if begun is not None and not _is_fit(begun, container):
-        end(begun)
+        end(begun, branch)
         begun = None
     try:
-        begun = begun or begin(container.host_id)
+        begun = begun or begin(container.host_id, None if container.cgroup is None else branch)
+        with step("cgroup limits"):
+            _limit(begun, container, branch)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
-        return
+        return None
+    descriptors = (begun.pidfd,) if begun.group is None else (begun.pidfd, begun.group.descriptor)
     try:
-        channel.send(messages.LAUNCHED, messages.encode_pid(begun.pid), (begun.pidfd,))
+        channel.send(messages.LAUNCHED, messages.encode_pid(begun.pid), descriptors)
     except BrokenPipeError:  # whoever wanted it has given it up already
-        end(begun)
+        end(begun, branch)
         raise
     try:
         begun.init.send(messages.LAUNCH, messages.encode_container(container), (channel.fileno(),))
-    finally:  # should it have died this very moment: the channel closes, and whoever wanted it has it reaped
+    except BrokenPipeError:
+        pass  # it has died this very moment: the channel closes, and whoever wanted it has it reaped
+    finally:
         begun.init.close()
         os.close(begun.pidfd)
+    return begun
 
 
-def end(begun: Begun) -> None:
+def end(begun: Begun, branch: Branch | None = None) -> None:
     """End a container that nobody wants, and return when the kernel has taken it down."""
     signal.pidfd_send_signal(begun.pidfd, signal.SIGKILL)
     os.waitpid(begun.pid, 0)
     os.close(begun.pidfd)
     begun.init.close()
+    _remove_group(branch, begun.group)
 
 
 def reap(pid: int) -> Reaped:
@@ -109,10 +131,30 @@ def reap(pid: int) -> Reaped:
     return Reaped(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
+def _limit(begun: Begun, container: Container, branch: Branch | None) -> None:
+    """Set the limits that the container's cgroup is to enforce; end the container where they cannot be."""
+    if container.cgroup is None:
+        return
+    if begun.group is None:
+        end(begun, branch)
+        raise OSError(errno.ENOENT, "the launcher has no cgroup to make one for a container in")
+    try:
+        cgroup.limit(begun.group.descriptor, container.cgroup)
+    except OSError:
+        end(begun, branch)
+        raise
+
+
+def _remove_group(branch: Branch | None, group: Group | None) -> None:
+    if branch is not None and group is not None:
+        cgroup.remove(branch, group)
+
+
 def _is_fit(begun: Begun, container: Container) -> bool:
     """Say whether it lives, and as whom it should; it is not reaped yet if not."""
     has_ended = os.waitid(os.P_PID, begun.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return begun.host_id == container.host_id and not has_ended
+    has_its_cgroup = (begun.group is None) == (container.cgroup is None)
+    return begun.host_id == container.host_id and has_its_cgroup and not has_ended
 
 
 @cache

@@ -1,8 +1,9 @@
 """The launcher process: builds containers for a host that may have threads, secrets and much memory; it has none.
 
 It obeys one request after the other: LAUNCH a container, on a channel that the host has made for it; REAP its init, and
-say what the kernel accounted to it; RELEASE one that needs no account; BEGIN a container that the next LAUNCH takes.
-It holds no state but that one and its children, and dies with them when the socket closes.
+say what the kernel accounted to it; RELEASE one that needs no account; BEGIN a container that the next LAUNCH takes;
+DELEGATE: have every container from now on in a cgroup of its own. It holds no state but its children, the one begun
+ahead and the branch of the cgroup tree that they are in, and dies with them when the socket closes.
 """
 
 import _socket
@@ -11,8 +12,10 @@ import os
 from contextlib import suppress
 from typing import NoReturn
 
+from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation.channel import Channel
+from jhansi_runtime.isolation.cgroup import Branch, Group
+from jhansi_runtime.isolation.channel import Channel, Failure, Reaped
 from jhansi_runtime.isolation.idmap import host_id_by_default
 from jhansi_runtime.isolation.launch import Begun, begin, end, launch, reap
 from jhansi_runtime.isolation.spawn import CONNECTION
@@ -28,36 +31,74 @@ def main(*, ahead: bool = False) -> NoReturn:
     os.chdir("/")
     gc.disable()
     channel = Channel(_socket.socket(fileno=CONNECTION))
-    begun = _begin(None) if ahead else None
+    launcher = _Launcher()
+    if ahead:
+        launcher.begin()
     with suppress(BrokenPipeError):  # the host is gone
-        while True:
-            kind, body, descriptors = channel.receive()
-            if kind == messages.BEGIN:
-                begun = _begin(begun)
-            elif kind == messages.LAUNCH:
-                _launch(body, Channel.of(descriptors[0]), begun)
-                begun = None
-            elif kind == messages.REAP:
-                channel.send(messages.REAPED, messages.encode_reaped(reap(messages.decode_pid(body))))
-            elif kind == messages.RELEASE:
-                reap(messages.decode_pid(body))
-            else:
-                break
-    if begun is not None:
-        end(begun)
+        while launcher.obey(channel):
+            pass
+    launcher.give_up()
     os._exit(0)
 
 
-def _begin(begun: Begun | None) -> Begun | None:
-    with suppress(StepError):  # the launch tries again, and tells why it cannot be
-        return begun or begin(host_id_by_default())
-    return None
+class _Launcher:
+    """Whose children the containers are: the cgroup of each is there until its init is reaped, and no longer."""
 
+    def __init__(self) -> None:
+        self._begun: Begun | None = None
+        self._branch: Branch | None = None
+        self._groups: dict[int, Group] = {}
 
-def _launch(body: bytes, init: Channel, begun: Begun | None) -> None:
-    try:
-        launch(messages.decode_container(body), init, begun)
-    except BrokenPipeError:
-        pass  # the host has given this container up already
-    finally:
-        init.close()
+    def obey(self, channel: Channel) -> bool:
+        """Do what the next message asks for. False at the end."""
+        kind, body, descriptors = channel.receive()
+        if kind == messages.BEGIN:
+            self.begin()
+        elif kind == messages.LAUNCH:
+            self._launch(body, Channel.of(descriptors[0]))
+        elif kind == messages.REAP:
+            channel.send(messages.REAPED, messages.encode_reaped(self._reap(messages.decode_pid(body))))
+        elif kind == messages.RELEASE:
+            self._reap(messages.decode_pid(body))
+        elif kind == messages.DELEGATE:
+            channel.send(messages.DELEGATED, messages.encode_failure(self._delegate(os.fsdecode(body))))
+        else:
+            return False
+        return True
+
+    def begin(self) -> None:
+        """Begin a container ahead, if none is."""
+        with suppress(StepError):  # the launch tries again, and tells why it cannot be
+            self._begun = self._begun or begin(host_id_by_default(), self._branch)
+
+    def give_up(self) -> None:
+        """End the container that was begun ahead."""
+        if self._begun is not None:
+            end(self._begun, self._branch)
+
+    def _launch(self, body: bytes, init: Channel) -> None:
+        begun, self._begun = self._begun, None
+        try:
+            launched = launch(messages.decode_container(body), init, begun, self._branch)
+        except BrokenPipeError:
+            return  # the host has given this container up already
+        finally:
+            init.close()
+        if launched is not None and launched.group is not None:
+            self._groups[launched.pid] = launched.group
+
+    def _reap(self, pid: int) -> Reaped:
+        reaped = reap(pid)
+        if self._branch is not None and pid in self._groups:
+            cgroup.remove(self._branch, self._groups.pop(pid))
+        return reaped
+
+    def _delegate(self, base: str) -> Failure:
+        """Move into a branch of the base. Return why that cannot be; the failure without an errno is none."""
+        self.give_up()  # it was begun in no cgroup of its own
+        self._begun = None
+        try:
+            self._branch = cgroup.branch(base)
+        except OSError as error:
+            return Failure("cgroup", error.errno or 0, str(error))
+        return Failure("cgroup", 0, "")

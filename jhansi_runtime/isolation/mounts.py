@@ -11,6 +11,7 @@ import os
 import stat
 from typing import NamedTuple
 
+from jhansi_runtime.isolation import processors as cpus
 from jhansi_runtime.isolation.syscalls import (
     MOUNT_ATTR_NODEV,
     MOUNT_ATTR_NOEXEC,
@@ -39,6 +40,7 @@ __all__ = [
     "attach_workspace",
     "build_root",
     "enter_root",
+    "open_for_host",
     "open_sources",
     "operations",
 ]
@@ -49,6 +51,7 @@ EMPTY_FILE = ".jhansi/empty-file"
 EMPTY_DIRECTORY = ".jhansi/empty-directory"
 HIDDEN_WORKSPACES = ".jhansi/workspaces"
 
+_PAGE = 4096
 _RDONLY, _NOSUID, _NODEV, _NOEXEC = MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC
 
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
@@ -141,7 +144,7 @@ class Filesystem(NamedTuple):
     attributes: int
     options: tuple[tuple[str, str], ...] = ()
     folders: tuple[tuple[str, int], ...] = ()
-    files: tuple[str, ...] = ()
+    files: tuple[tuple[str, bytes], ...] = ()
     links: tuple[tuple[str, str], ...] = ()
 
     def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
@@ -156,8 +159,8 @@ class Filesystem(NamedTuple):
             os.close(context)
         for name, mode in self.folders:
             os.mkdir(name, mode, dir_fd=mount)
-        for name in self.files:
-            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=mount))
+        for name, content in self.files:
+            _write_file(mount, name, content)
         for name, target in self.links:
             os.symlink(target, name, dir_fd=mount)
         if self.attributes & _RDONLY:
@@ -168,11 +171,13 @@ class Filesystem(NamedTuple):
 Operation = Bind | Overlay | Filesystem
 
 
-def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
+def operations(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) -> tuple[Operation, ...]:
     """Return all that is mounted in the new root, in order: a later one may stand on an earlier one."""
     inert = _RDONLY | _NOSUID | _NODEV | _NOEXEC
     scratch = _NOSUID | _NODEV
-    inodes = max(1024, tmp_bytes // 4096)
+    inodes = max(1024, tmp_bytes // _PAGE)
+    proc_files = cpus.proc_files(processors)
+    own_bytes = sum(-(-len(content) // _PAGE) * _PAGE for _, content in proc_files)
     return (
         *(Bind(source, target, _RDONLY | _NOSUID | _NODEV) for source, target in sources.binds),
         # A new proc is allowed only while one that hides nothing is in sight: the host's, which is still there.
@@ -188,19 +193,22 @@ def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
             _RDONLY | _NOSUID | _NOEXEC,
             options=(("mode", "755"), ("size", "64k")),
             folders=(("pts", 0o755), ("shm", 0o755)),
-            files=tuple(_DEVICES),
+            files=tuple((name, b"") for name in _DEVICES),
             links=tuple(_DEVICE_LINKS.items()),
         ),
         *(Bind(source, f"dev/{name}", 0) for source, name in sources.devices),
         Filesystem("devpts", "dev/pts", _NOSUID | _NOEXEC, options=(("ptmxmode", "666"), ("mode", "620"))),
-        # One filesystem under three names, so that one size bounds them together. The last cover hides the first.
+        # One filesystem under three names, so that one size bounds them together. The last cover hides the first, and
+        # with it what else is in it: files of ours, for /proc.
         Filesystem(
             "tmpfs",
             "tmp",
             scratch,
-            options=(("mode", "755"), ("size", str(tmp_bytes)), ("nr_inodes", str(inodes))),
+            options=(("mode", "755"), ("size", str(tmp_bytes + own_bytes)), ("nr_inodes", str(inodes))),
             folders=(("home", 0o755), ("shm", 0o1777), ("tmp", 0o1777)),
+            files=proc_files,
         ),
+        *(Overlay(f"tmp/{name}", f"proc/{name}", inert) for name, _ in proc_files),
         Overlay("tmp/home", "home/sandbox"),
         Overlay("tmp/shm", "dev/shm"),
         Overlay("tmp/tmp", "tmp"),
@@ -208,15 +216,20 @@ def operations(sources: Sources, tmp_bytes: int) -> tuple[Operation, ...]:
     )
 
 
-def build_root(sources: Sources, tmp_bytes: int) -> int:
+def build_root(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) -> int:
     """Mount the new root and all that is in it; return a descriptor of it. The old root is still in place."""
     root = open_tree(sources.tree, recursive=False)
     mount_setattr(root, _RDONLY | _NOSUID | _NODEV)
     # Things can be attached only below a mount that is itself attached: this one covers the tree it was cloned from.
     move_mount(root, sources.tree)
-    for operation in operations(sources, tmp_bytes):
+    for operation in operations(sources, tmp_bytes, processors):
         _attach(root, operation)
     return root
+
+
+def open_for_host(root: int) -> tuple[int, int]:
+    """Return descriptors of what the host may ask for what a job uses: what holds /tmp, HOME and /dev/shm; /proc."""
+    return _within(root, "tmp"), openat2(root, "proc", os.O_RDONLY | os.O_DIRECTORY, resolve=_NO_LINKS)
 
 
 def enter_root(root: int) -> None:
@@ -264,6 +277,15 @@ def _attach(root: int, operation: Operation) -> None:
 
 def _within(root: int, path: str) -> int:
     return openat2(root, path, os.O_PATH, resolve=_NO_LINKS)
+
+
+def _write_file(folder: int, name: str, content: bytes) -> None:
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=folder)
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+    finally:
+        os.close(descriptor)
 
 
 def _open_device(name: str, number: tuple[int, int]) -> int:

@@ -112,19 +112,26 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
 
 _SIGCHLD = 17
 _CLONE_ARGS = struct.Struct("11Q")
 
 
-def clone3(flags: int) -> tuple[int, int]:
+def clone3(flags: int, cgroup: int | None = None) -> tuple[int, int]:
     """Fork with CLONE_* flags: (0, -1) in the child, (pid, pidfd) in the parent; the pidfd is close-on-exec.
+
+    The child begins in the cgroup of that descriptor, if one is given (CLONE_INTO_CGROUP).
 
     Only for a process with one thread: the C library is not told, so a lock another thread held stays held.
     The child's own copy of everything is as after fork(2).
     """
     pidfd = ctypes.c_int(-1)
-    arguments = _CLONE_ARGS.pack(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, 0)
+    if cgroup is not None:
+        flags |= CLONE_INTO_CGROUP
+    arguments = _CLONE_ARGS.pack(
+        flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, cgroup or 0
+    )
     pid = _syscall(_NR_CLONE3, arguments, len(arguments))
     return pid, pidfd.value if pid else -1
 

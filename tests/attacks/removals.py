@@ -12,6 +12,7 @@ import struct
 import prctl
 
 from jhansi_runtime.engine.slot import Slot
+from jhansi_runtime.engine.watchdog import Watchdog
 from jhansi_runtime.isolation import caps, detach, job, launch, mounts, seccomp, syscalls
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -81,7 +82,7 @@ def without_read_only():
 
 def with_much_scratch():
     genuine = mounts.operations
-    return without(mounts, "operations", lambda sources, tmp_bytes: genuine(sources, tmp_bytes * 64))
+    return without(mounts, "operations", lambda sources, tmp_bytes, cpus: genuine(sources, tmp_bytes * 64, cpus))
 
 
 def keep_capabilities():
@@ -103,6 +104,11 @@ def with_the_hosts_own_stdout():
         genuine(slot, order, [streams[0], private, streams[2]])
 
     return without(Slot, "start", start)
+
+
+def without_watchdog():
+    """Nobody looks at a job while it runs."""
+    return without(Watchdog, "due_in", lambda _: 3600.0)
 
 
 NOT_DUMPABLE = without(prctl, "set_dumpable")

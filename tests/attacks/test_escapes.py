@@ -49,15 +49,17 @@ from removals import (
     without_operations,
     without_read_only,
     without_umount_of,
+    without_watchdog,
 )
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import InProcess
 from jhansi_runtime.errors import HostError
-from jhansi_runtime.isolation import detach, idmap, inside, job, mounts, net, signals, syscalls
+from jhansi_runtime.isolation import detach, idmap, inside, job, mounts, net, processors, signals, syscalls
 
 SECRET = "the host's secret"
-LIMITS = {"timeout": 20, "file_size": 1 << 20, "nofile": 64, "tmp": 1 << 20, "cpu_time": 1}
+LIMITS = {"timeout": 20, "file_size": 1 << 20, "nofile": 64, "tmp": 1 << 20, "cpu_time": 1, "memory": 64 << 20}
+LIMITS |= {"pids": 50, "cpus": 1}
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -220,13 +222,51 @@ print("escaped" if text == SECRET.encode() else "", file=sys.stderr)
         'kept = [open("/dev/null") for _ in range(100)]; print("escaped")',
     ),
     Row(
-        "CPU time is limited",
+        "CPU time of one process is limited",
         (without(job, "_limit"),),
         """
 while time.process_time() < 2.5:
     pass
 print("escaped")
 """,
+        also=(without_watchdog(),),
+    ),
+    Row(
+        "CPU time of all processes together is limited",
+        (without_watchdog(),),
+        """
+for _ in range(6):
+    if os.fork() == 0:
+        while time.process_time() < 0.5:
+            pass
+        os._exit(0)
+    os.wait()
+print("escaped")
+""",
+    ),
+    Row(
+        "memory is limited",
+        (without_watchdog(),),
+        """
+kept = bytearray(100 << 20)
+time.sleep(1)
+print("escaped")
+""",
+    ),
+    Row(
+        "the number of processes is limited",
+        (without(job, "_limit"),),
+        """
+for _ in range(60):
+    if os.fork() == 0:
+        signal.pause()
+print("escaped")
+""",
+    ),
+    Row(
+        "the job is told of no more CPUs than it may use",
+        (without(processors, "run_on"),),
+        'print("escaped" if len(os.sched_getaffinity(0)) == int(E["CPUS"]) else "")',
     ),
     Row(
         "the job's own user namespace",
@@ -314,6 +354,7 @@ def host(tmp_path_factory):
                 "QUEUE": str(0x6A680000 | os.getpid() & 0xFFFF),
                 "HOST": socket.gethostname(),
                 "KEYCTL": str(number_of("keyctl")),
+                "CPUS": str(len(os.sched_getaffinity(0))),
             }
             yield Host(runtime, box, folder, environment)
         LIBC.msgctl(queue, 0, None)  # IPC_RMID

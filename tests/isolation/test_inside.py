@@ -149,6 +149,7 @@ MOUNTS = {
     "/": (None, {"ro", "nosuid", "nodev"}),
     "/proc": ("proc", {"rw", "nosuid", "nodev", "noexec"}),
     **{f"/proc/{name}": ("proc", INERT) for name in ("bus", "fs", "irq", "sys")},
+    **{f"/proc/{name}": ("tmpfs", INERT) for name in ("cpuinfo", "stat")},
     "/.jhansi": (None, INERT),
     "/dev": ("tmpfs", {"ro", "nosuid", "noexec"}),
     "/dev/pts": ("devpts", {"rw", "nosuid", "noexec"}),
