@@ -377,7 +377,7 @@ def test_a_hostile_archive_is_refused_with_the_workspace_untouched(server, api, 
     assert problem(api.put(f"{path}/archive", content=content))["status"] in {409, 422}
     assert api.get(f"{path}/files").json() == before
     workspace = os.path.join(server.environment["JHANSI_HOME"], "workspaces", path.rpartition("/")[2])
-    assert set(os.listdir(workspace)) <= {"workspace", "sandbox.json", ".writing"}
+    assert set(os.listdir(workspace)) <= {"workspace", "sandbox.json", ".writing", ".changing"}
 
 
 # --- size ---
@@ -385,7 +385,8 @@ def test_a_hostile_archive_is_refused_with_the_workspace_untouched(server, api, 
 
 def test_a_file_of_2_gib_passes_both_ways_while_the_server_stays_small(fresh_environment, tmp_path):
     with serving(fresh_environment(), tmp_path / "server") as server, server.client() as client:
-        path = client.post("/v1/sandboxes", json={"rootfs": "host"}).headers["location"]
+        body = {"rootfs": "host", "limits": {"disk": 2 * LARGE}}
+        path = client.post("/v1/sandboxes", json=body).headers["location"]
         client.put(f"{path}/files/small", content=b"x" * MIB)
         client.get(f"{path}/files/small")
         with Peak(server.process.pid) as peak:

@@ -106,7 +106,9 @@ def document(answer):
         ["create", "--label", "novalue"],
         ["create", "--rootfs", "other"],
         ["create", "unexpected"],
-        ["create", "--memory", "1G"],
+        ["create", "--memory", "plenty"],
+        ["create", "--cpus", "all"],
+        ["create", "--require-cgroup=yes"],
         ["exec", "box"],
         ["exec", "box", "--"],
         ["exec", "box", "--timeout", "5", "main.py"],
@@ -171,10 +173,14 @@ def test_without_arguments_the_help_is_shown(jhansi):
 
 
 def test_every_limit_is_an_option_whose_help_names_its_default(jhansi):
-    texts = {"timeout": duration_text, "cpu_time": duration_text, "nofile": str}
+    texts = {"timeout": duration_text, "cpu_time": duration_text, "nofile": str, "pids": str, "disk_files": str}
+    texts["cpus"] = "{:g}".format
     help_text = " ".join(jhansi("exec", "--help").stdout.split())
-    assert [name.strip("-").replace("-", "_") for name, _, _ in LIMITS] == list(Limits.__struct_fields__)
-    for name, value in msgspec.structs.asdict(Limits()).items():
+    limits = msgspec.structs.asdict(Limits())
+    assert limits.pop("require_cgroup") is False
+    assert "--require-cgroup Refuse" in help_text
+    assert [name.strip("-").replace("-", "_") for name, _, _ in LIMITS] == list(limits)
+    for name, value in limits.items():
         section = help_text.partition(f"--{name.replace('_', '-')} ")[2]
         assert f"[default: {texts.get(name, size_text)(value)}]" in section
 

@@ -229,7 +229,7 @@ def bounded(_context, case, _kwargs):
 
 
 def is_of_the_document(_context, failure, _case, response):
-    """Not of the state of a workspace, which no document tells, nor of what this Python knows to be printable."""
+    """Not of the state of a workspace or the host, which no document tells, nor of what Python takes for printable."""
     if isinstance(
         failure, EnsureResourceAvailability
     ):  # the program that an exec names may be missing, not the sandbox
@@ -239,6 +239,8 @@ def is_of_the_document(_context, failure, _case, response):
         b"is a directory, not a file",
         b"too long or not printable",
         b"give more of the id",
+        b"no room in the workspace",
+        b"cannot be enforced by cgroups",
     )
     is_head = response.request.method == "HEAD"  # which does not say why
     return not (is_head and response.status_code == 422) and not any(reason in response.content for reason in untold)
