@@ -22,6 +22,7 @@ from jhansi_runtime.engine import Bounds, Ended, Launcher, Slot, Streams, execut
 from jhansi_runtime.errors import HostError, InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
 from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation.channel import Container, Failure, Order
+from jhansi_runtime.places import Place
 from jhansi_runtime.profiles import Profile
 from jhansi_runtime.quantities import size_text
 from jhansi_runtime.rootfs import Rootfs
@@ -29,25 +30,12 @@ from jhansi_runtime.runs import Run
 from jhansi_runtime.spec import Encoding, ExecRequest, ExecResult, Limits, Status
 from jhansi_runtime.workspace import Program, Workspace
 
-__all__ = ["Exec", "Place", "find_program", "perform"]
+__all__ = ["Exec", "find_program", "perform"]
 
 _WORKSPACE = "/workspace"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _PATH, "HOME": "/home/sandbox", "LANG": "C.UTF-8"}
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
-
-
-class Place(NamedTuple):
-    """Where an exec works: a sandbox's workspace, or a folder of the caller's (sandbox_id None).
-
-    workspace is the path of the workspace beneath the folder workspaces; host_id owns it when root started us.
-    """
-
-    sandbox_id: str | None
-    workspaces: str
-    workspace: str
-    files: Workspace
-    host_id: int | None
 
 
 class Exec(NamedTuple):
@@ -88,9 +76,9 @@ def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
 def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -> ExecResult:
     """Run one exec in a container that the launcher builds, and return its result.
 
-    DiskLimitError when the workspace holds more than it may already;
-    ProgramMissingError and NotExecutableError say that there was nothing to run, HostError that it could not be
-    confined; in each case nothing was run, and if the start was recorded, so is the end.
+    ProgramMissingError and NotExecutableError say that there was nothing to run, DiskLimitError that the workspace is
+    full already, HostError that the job could not be confined; in each case nothing was run, and if the start was
+    recorded, so is the end.
     """
     environment = _environment(this.request)
     program = _program(this)

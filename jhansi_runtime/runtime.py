@@ -5,7 +5,7 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +13,6 @@ from msgspec import UNSET, structs
 
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.disk import allowed
 from jhansi_runtime.engine import Launcher, LauncherProcess, Processors, Streams
 from jhansi_runtime.errors import (
     BusyError,
@@ -22,13 +21,12 @@ from jhansi_runtime.errors import (
     InvalidRequestError,
     JhansiError,
     NotFoundError,
-    ProgramMissingError,
 )
-from jhansi_runtime.execution import Exec, Place, find_program, perform
+from jhansi_runtime.execution import Exec, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
 from jhansi_runtime.paths import Paths, required, shipped
+from jhansi_runtime.places import Place, folder_place, inside, refuse_own_files, require_file
 from jhansi_runtime.profiles import ProfileStore
-from jhansi_runtime.room import Room
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
 from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
@@ -44,12 +42,12 @@ from jhansi_runtime.spec import (
     Sandbox,
     SandboxChange,
 )
-from jhansi_runtime.workspace import Opened, Upload, Workspace, Written
+from jhansi_runtime.workspace import Opened, Upload, Written
 
 if TYPE_CHECKING:
     from jhansi_runtime.archive import ByteReader, Unpacked
 
-__all__ = ["Runtime", "require_file"]
+__all__ = ["Runtime"]
 
 _PATHS_IN_A_RECORD = 100
 _PROBE_SECONDS = 10.0
@@ -363,10 +361,10 @@ class Runtime:
                 self._ephemeral_place(run_id, language, file, limits) as place,
             ):
                 return self._perform(run, run_id, place, language, limits, _named(request, filename), streams)
-        _refuse_own_files(workspace, self.paths)
+        refuse_own_files(workspace, self.paths)
         require_file(file, workspace)
-        with self._runs.begin(run_id, {}) as run, _folder_place(workspace, self._host_id, limits) as place:
-            named = _named(request, _inside(workspace, file))
+        with self._runs.begin(run_id, {}) as run, folder_place(workspace, self._host_id, limits) as place:
+            named = _named(request, inside(workspace, file))
             return self._perform(run, run_id, place, language, limits, named, streams)
 
     def check(self, request: ExecRequest) -> Sandbox:
@@ -527,55 +525,3 @@ def _silent(_: str) -> None:
 
 def _named(request: ExecRequest, filename: str) -> ExecRequest:
     return structs.replace(request, filename=filename)
-
-
-@contextmanager
-def _folder_place(folder: str, host_id: int | None, limits: Limits) -> Iterator[Place]:
-    """A folder of the caller's as the workspace. Started by root, its owner is whom the sandbox is outside."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise InvalidRequestError(f"cannot use {folder!r} as the workspace: {error.strerror}") from error
-    try:
-        owner = os.fstat(descriptor).st_uid
-        if host_id is not None and owner == 0:
-            raise InvalidRequestError(
-                f"the workspace {folder!r} belongs to root, and root's files are out of any job's reach",
-                remedy="give the folder to an unprivileged user: chown",
-            )
-        absolute = os.path.abspath(folder)
-        with closing(Room(descriptor, allowed(limits))) as room:
-            workspace = Workspace(descriptor, room=room)
-            yield Place(None, absolute, ".", workspace, None if host_id is None else owner)
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_own_files(folder: str, paths: Paths) -> None:
-    """A job could rewrite the audit log, or another sandbox, that lies in its workspace."""
-    chosen = os.path.realpath(folder)
-    for own in (paths.home, paths.workspaces, paths.config):
-        kept = os.path.realpath(own)
-        if os.path.commonpath((chosen, kept)) in {chosen, kept}:
-            raise InvalidRequestError(
-                f"the workspace {folder!r} holds, or lies in, what jhansi-runtime keeps in {own!r}",
-                remedy="take a folder apart from it; a sandbox's own files are run with: jhansi-run exec",
-            )
-
-
-def require_file(file: str, workspace: str | None) -> None:
-    """ProgramMissingError when there is no such file, here or in the folder that is to be the workspace."""
-    if not os.path.lexists(file) and not (workspace and os.path.lexists(os.path.join(workspace, file))):
-        raise ProgramMissingError(f"{file!r} is not there")
-
-
-def _inside(folder: str, file: str) -> str:
-    """Return the path of `file` in the folder that must hold it; it is given relative to that, or to here."""
-    if not os.path.isabs(file) and os.path.lexists(os.path.join(folder, file)):
-        return file
-    relative = os.path.relpath(os.path.abspath(file), os.path.abspath(folder))
-    if relative.split(os.sep)[0] == os.pardir:
-        raise InvalidRequestError(
-            f"{file!r} is not inside the workspace {folder!r}", remedy="name a file in that folder"
-        )
-    return relative

@@ -69,7 +69,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 # A session is left by its user, not by a clock, and its output is read as it comes: the widest limits there are.
-SESSION_LIMITS: dict[str, float] = {"timeout": 86_400.0, "output": GIB}
+SESSION_LIMITS: dict[str, float] = {"timeout": 86_400.0, "cpu_time": 86_400.0, "output": GIB}
 SESSION = ["/bin/sh", "-c", "[ -x /bin/bash ] && exec /bin/bash -l; exec /bin/sh -l"]
 
 
@@ -107,7 +107,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cpus: Annotated[float, Meta(ge=0.01, le=10_000, description="share of CPU time, in CPUs")] = 1.0
     pids: Annotated[int, Meta(ge=1, le=4_000_000, description="processes and threads at once")] = 128
     timeout: Annotated[float, Meta(gt=0, le=86_400, description="wall time, seconds")] = 30.0
-    cpu_time: Annotated[float, Meta(gt=0, le=86_400, description="CPU time, seconds")] = 30.0
+    cpu_time: Annotated[float, Meta(gt=0, le=86_400, description="CPU time of all processes, seconds")] = 30.0
     output: Annotated[int, Meta(ge=0, le=GIB, description="bytes of stdout and stderr together")] = MIB
     file_size: Annotated[int, Meta(ge=0, le=1024 * GIB, description="bytes of the largest file written")] = 256 * MIB
     tmp: Annotated[int, Meta(ge=64 * KIB, le=64 * GIB, description="bytes in /tmp, HOME, /dev/shm together")] = 64 * MIB

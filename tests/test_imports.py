@@ -38,6 +38,7 @@ OURS = {
     "jhansi_runtime.isolation.steps",
     "jhansi_runtime.isolation.syscalls",
     "jhansi_runtime.paths",
+    "jhansi_runtime.places",
     "jhansi_runtime.profiles",
     "jhansi_runtime.quantities",
     "jhansi_runtime.remedies",

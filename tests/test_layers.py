@@ -57,9 +57,10 @@ TABLE = {
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),
     "settings": May("errors spec"),
     # The verbs, and the one exec among them, are the only composers.
-    "execution": May(f"{BASE} isolation engine rootfs profiles workspace disk audit runs", "msgspec"),
+    "places": May(f"{BASE} workspace disk room"),
+    "execution": May(f"{BASE} isolation engine rootfs profiles places workspace disk audit runs", "msgspec"),
     "runtime": May(
-        f"{BASE} isolation.idmap execution engine rootfs profiles sandboxes workspace disk room archive audit runs "
+        f"{BASE} isolation.idmap execution places engine rootfs profiles sandboxes workspace archive audit runs "
         "settings",
         "msgspec",
     ),
@@ -68,7 +69,7 @@ TABLE = {
     # The process around the HTTP API, and the API: only what composes the two knows both.
     "server.serve": May(f"{BASE} keys runtime settings api logs server", "msgspec"),
     "server": May("errors paths settings logs", "uvicorn uvloop"),
-    "cli": May(f"{BASE} rendering runtime engine isolation.spawn audit doctor keys server", "click msgspec"),
+    "cli": May(f"{BASE} rendering runtime places engine isolation.spawn audit doctor keys server", "click msgspec"),
     "api": May(
         f"{BASE} runtime workspace runs keys detached background engine logs",
         "anyio litestar msgspec multipart prometheus_client",

@@ -100,7 +100,7 @@ def _build_missing_rootfs(runtime: "Runtime", request: dict[str, Any], one_shot:
 
 def _refuse_what_is_not_there(runtime: "Runtime", request: dict[str, Any], one_shot: OneShot | None) -> None:
     """Raise what the exec would raise for a file that is not there: half a minute's work before that helps nobody."""
-    from jhansi_runtime.runtime import require_file  # noqa: PLC0415 - see open_runtime
+    from jhansi_runtime.places import require_file  # noqa: PLC0415 - see open_runtime
     from jhansi_runtime.spec import ExecRequest  # noqa: PLC0415 - likewise
 
     if one_shot is None:

@@ -119,7 +119,7 @@ LIMITS = (
     ("--cpus", click.FLOAT, "How many CPUs' worth of time it gets, and how many it sees [default: 1]."),
     ("--pids", click.INT, "Processes and threads at once [default: 128]."),
     ("--timeout", duration, "Wall time [default: 30s]."),
-    ("--cpu-time", duration, "CPU time [default: 30s]."),
+    ("--cpu-time", duration, "CPU time of all its processes together [default: 30s]."),
     ("--output", size, "Stdout and stderr together [default: 1M]."),
     ("--file-size", size, "The largest file that may be written [default: 256M]."),
     ("--tmp", size, "What /tmp, /dev/shm and the home directory hold together [default: 64M]."),

@@ -130,7 +130,7 @@ def shell_command(
 ) -> int:
     """Open a terminal in a fresh container.
 
-    It may last a day and print a gigabyte unless --timeout and --output say otherwise.
+    It may last a day, in wall and in CPU time, and print a gigabyte, unless limits are given that say otherwise.
     """
     from jhansi_runtime.spec import SESSION, SESSION_LIMITS  # noqa: PLC0415 - see open_runtime
 

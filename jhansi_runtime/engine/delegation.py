@@ -74,7 +74,7 @@ def tree() -> Tree | Delegation:
     mounts = list(_mounts())
     if not mounts:
         return none("no cgroup v2 tree is mounted", remedies.UNIFIED)
-    mount, root, is_read_only = mounts[0]
+    mount, root, is_read_only = mounts[-1]  # of several at one place, the one on top
     own = _own_path()
     inside = os.path.relpath(own, root) if own.startswith(root) else "."
     found = Tree(mount, os.path.normpath(os.path.join(mount, inside)), is_read_only)

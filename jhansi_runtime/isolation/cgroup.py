@@ -36,6 +36,7 @@ __all__ = [
 CONTROLLERS = ("cpu", "memory", "pids")
 
 _BRANCH = "jhansi-"
+_RANDOM_BYTES = 8
 _OTHERS = "jhansi-others"
 _LAUNCHER = "launcher"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -89,7 +90,7 @@ def branch(base: str) -> Branch:
     top = _locked(base)
     try:
         _sweep(top)
-        name = f"{_BRANCH}{os.urandom(8).hex()}"
+        name = f"{_BRANCH}{os.urandom(_RANDOM_BYTES).hex()}"
         os.mkdir(name, dir_fd=top)
         descriptor = os.open(name, _DIRECTORY, dir_fd=top)
         try:
@@ -179,9 +180,7 @@ def _locked(base: str) -> int:
 
 def _sweep(top: int) -> None:
     """Remove the branches that no launcher holds any more."""
-    for name in os.listdir(top):
-        if not name.startswith(_BRANCH) or name == _OTHERS:
-            continue
+    for name in filter(_is_branch, os.listdir(top)):
         left = os.open(name, _DIRECTORY, dir_fd=top)
         try:
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,6 +191,11 @@ def _sweep(top: int) -> None:
             continue  # a launcher lives there
         finally:
             os.close(left)
+
+
+def _is_branch(name: str) -> bool:
+    digits = name.removeprefix(_BRANCH)
+    return name.startswith(_BRANCH) and len(digits) == 2 * _RANDOM_BYTES and set(digits) <= set("0123456789abcdef")
 
 
 def _children(descriptor: int) -> list[str]:

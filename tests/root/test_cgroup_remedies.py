@@ -181,6 +181,24 @@ def test_root_of_a_machine_without_systemd_uses_the_root_of_the_tree(tmp_path):
     assert [name for name in os.listdir("/sys/fs/cgroup") if re.fullmatch(r"jhansi-[0-9a-f]{16}", name)] == []
 
 
+def test_a_container_uses_the_root_of_its_own_tree(tmp_path):
+    group = "/sys/fs/cgroup/container-of-a-test"
+    os.mkdir(group)
+    inside = "umount --lazy /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "
+    inside += shlex.join([sys.executable, "-m", "jhansi_runtime", "doctor", "--json"])
+    line = f"echo $$ >{group}/cgroup.procs && exec unshare --cgroup --mount sh -c {shlex.quote(inside)}"
+    try:
+        done = subprocess.run(
+            ["sh", "-c", line], env=environment_with(tmp_path), capture_output=True, text=True, check=False
+        )
+        check = cgroup_check(done.stdout)
+        assert check["ok"], (check, done.stderr)
+        assert check["detail"].endswith("in the one that this process was delegated")
+    finally:
+        for folder, _, _ in os.walk(group, topdown=False):
+            os.rmdir(folder)
+
+
 def test_a_job_of_roots_meets_its_limits_by_cgroup(tmp_path):
     (tmp_path / "main.py").write_text("kept = bytearray(1 << 30)")
     words = ["run", "--json", "--rootfs=host", "--require-cgroup", "--memory=128M", str(tmp_path / "main.py")]
