@@ -27,9 +27,10 @@ from msgspec.structs import replace
 from jhansi_runtime import beneath
 from jhansi_runtime.disk import allowed
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
+from jhansi_runtime.explanations import explained
 from jhansi_runtime.room import Room, changing
 from jhansi_runtime.spec import Limits, RootfsChoice, Sandbox, from_json, instant, to_json
-from jhansi_runtime.workspace import Workspace, explained, open_workspace
+from jhansi_runtime.workspace import Workspace, open_workspace
 
 __all__ = ["Sandboxes"]
 

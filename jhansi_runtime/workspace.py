@@ -10,22 +10,19 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from jhansi_runtime import beneath
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.errors import (
-    ConflictError,
-    DiskLimitError,
     InvalidRequestError,
     JhansiError,
     NotExecutableError,
-    NotFoundError,
     PreconditionFailedError,
-    ProgramMissingError,
 )
+from jhansi_runtime.explanations import PROGRAM_FAILURES, explained
 from jhansi_runtime.spec import FileInfo, instant
 
 if TYPE_CHECKING:
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
     from jhansi_runtime.archive import ByteReader, Unpacked
     from jhansi_runtime.room import Room
 
-__all__ = ["Opened", "Program", "Upload", "Workspace", "Written", "explained", "open_workspace"]
+__all__ = ["Opened", "Program", "Upload", "Workspace", "Written", "open_workspace"]
 
 _LARGE = 1024**2
 LARGEST_PROGRAM = 1024**3  # bytes; it is hashed before every exec
@@ -143,7 +140,7 @@ class Workspace:
         ProgramMissingError when nothing is there, NotExecutableError when what is there cannot be a program.
         """
         inside = _relative(path)
-        with explained(path, _PROGRAM_FAILURES), beneath.closing(self._found(inside)) as handle:
+        with explained(path, PROGRAM_FAILURES), beneath.closing(self._found(inside)) as handle:
             kind = beneath.kind_of(os.fstat(handle))
             if kind != "file":
                 raise NotExecutableError(f"{path!r} is a {kind}, not a program")
@@ -532,53 +529,3 @@ def _copy_out(folder: int, parent: int, name: str, left_out: Callable[[str], Non
         more = f"; and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         raise InvalidRequestError(f"all was copied but this: {'; '.join(missing[:MOST_NAMED])}{more}")
     return copied
-
-
-# --- what an errno means to a user ------------------------------------------------------------------------
-
-_Failures = Mapping[int, tuple[type[JhansiError], str]]
-
-_LEADS_OUT = "is, or lies behind, a link that leads out of the workspace (or an absolute one)"
-_GOES_ROUND = "is, or lies behind, a link that goes round in circles, or one where none may be"
-_FULL = "cannot be written: the disk, or a quota on it, is full; what was there is as it was"
-
-_FAILURES: _Failures = {
-    errno.ENOENT: (NotFoundError, "is not there"),
-    errno.ENOTDIR: (InvalidRequestError, "lies behind something that is not a folder, or is itself not one"),
-    errno.EISDIR: (ConflictError, "is a folder already"),
-    errno.EEXIST: (ConflictError, "is there already"),
-    errno.ENOTEMPTY: (ConflictError, "is being written to by a running program"),
-    errno.EAGAIN: (ConflictError, "is held by a running program"),
-    errno.EXDEV: (InvalidRequestError, _LEADS_OUT),
-    errno.ELOOP: (InvalidRequestError, _GOES_ROUND),
-    errno.EACCES: (InvalidRequestError, "may not be touched: the permissions of it or of a folder above forbid that"),
-    errno.EPERM: (InvalidRequestError, "may not be touched: it belongs to someone else, or is immutable"),
-    errno.ENAMETOOLONG: (InvalidRequestError, "is longer than a path may be"),
-    errno.ENOSPC: (DiskLimitError, _FULL),
-    errno.EDQUOT: (DiskLimitError, _FULL),
-    errno.EFBIG: (DiskLimitError, "would be larger than a file may be here; what was there is as it was"),
-    errno.EROFS: (JhansiError, "lies on a file system that is read-only"),
-    errno.EIO: (JhansiError, "cannot be read or written: the disk reports an error"),
-}
-_PROGRAM_FAILURES: _Failures = {
-    **_FAILURES,
-    errno.ENOENT: (ProgramMissingError, "is not in the workspace"),
-    errno.ENOTDIR: (ProgramMissingError, "is not in the workspace"),
-    errno.ENAMETOOLONG: (ProgramMissingError, "is not in the workspace: no path is that long"),
-    errno.EXDEV: (NotExecutableError, _LEADS_OUT),
-    errno.ELOOP: (NotExecutableError, _GOES_ROUND),
-    errno.EACCES: (NotExecutableError, "may not be read: the permissions of it or of a folder above forbid that"),
-    errno.EAGAIN: (NotExecutableError, "is held by a running program"),
-}
-
-
-@contextmanager
-def explained(path: str, failures: _Failures = _FAILURES) -> Iterator[None]:
-    """Turn an OSError into what it means for this path; one that means nothing to a user stays what it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.errno not in failures:
-            raise
-        kind, meaning = failures[error.errno]
-        raise kind(f"{path!r} {meaning}") from error

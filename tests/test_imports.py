@@ -28,6 +28,7 @@ OURS = {
     "jhansi_runtime.engine.watches",
     "jhansi_runtime.engine.wiring",
     "jhansi_runtime.errors",
+    "jhansi_runtime.explanations",
     "jhansi_runtime.execution",
     "jhansi_runtime.isolation",
     "jhansi_runtime.isolation.cgroup",

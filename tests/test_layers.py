@@ -39,9 +39,10 @@ TABLE = {
     "beneath": May(BASE),
     "disk": May(f"{BASE} beneath"),
     "room": May(f"{BASE} beneath disk"),
-    "workspace": May(f"{BASE} beneath archive tarball room"),
+    "explanations": May("errors"),
+    "workspace": May(f"{BASE} beneath explanations archive tarball room"),
     "tarball": May(f"{BASE} beneath archive"),
-    "sandboxes": May(f"{BASE} beneath workspace disk room", "msgspec"),
+    "sandboxes": May(f"{BASE} beneath explanations workspace disk room", "msgspec"),
     "tree": May(BASE),
     # compression is the standard library's from Python 3.14 on.
     "archive": May(BASE, "zstandard compression"),
@@ -71,7 +72,7 @@ TABLE = {
     "server": May("errors paths settings logs", "uvicorn uvloop"),
     "cli": May(f"{BASE} rendering runtime places engine isolation.spawn audit doctor keys server", "click msgspec"),
     "api": May(
-        f"{BASE} runtime workspace runs keys detached background engine logs",
+        f"{BASE} runtime explanations workspace runs keys detached background engine logs",
         "anyio litestar msgspec multipart prometheus_client",
     ),
     # It speaks to a server, and knows nothing of what is behind that.

@@ -28,9 +28,10 @@ from jhansi_runtime.api.ranges import is_unchanged, requested
 from jhansi_runtime.api.routes import AnyRequest, Close, Document, Sent
 from jhansi_runtime.api.service import Service
 from jhansi_runtime.errors import InvalidRequestError, TooLargeError
+from jhansi_runtime.explanations import explained
 from jhansi_runtime.runtime import Runtime
 from jhansi_runtime.spec import PATH_PATTERN, FileInfo, Unarchived
-from jhansi_runtime.workspace import Opened, Upload, explained
+from jhansi_runtime.workspace import Opened, Upload
 
 __all__ = ["ROUTES"]
 

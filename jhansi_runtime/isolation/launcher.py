@@ -90,7 +90,10 @@ class _Launcher:
     def _reap(self, pid: int) -> Reaped:
         reaped = reap(pid)
         if self._branch is not None and pid in self._groups:
-            cgroup.remove(self._branch, self._groups.pop(pid))
+            # Should something in it not die, it is the next launcher that cannot sweep it away, and says so. This one
+            # has other containers.
+            with suppress(OSError):
+                cgroup.remove(self._branch, self._groups.pop(pid))
         return reaped
 
     def _delegate(self, base: str) -> Failure:
