@@ -193,7 +193,7 @@ def _run_true(container: Container, filters: tuple[bytes, ...], launcher: Launch
         filters=filters,
     )
     with Slot(container, launcher) as slot:
-        bounds = Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.cpus)
+        bounds = Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.disk, limits.cpus)
         ended = execute(slot, order, Streams(), bounds, stdin=b"")
     if ended.failure is not None:
         raise StepFailedError(ended.failure.step, os.strerror(ended.failure.errno))

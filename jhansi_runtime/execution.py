@@ -149,7 +149,7 @@ def _order(this: Exec, program: _Program, environment: dict[str, str], *, in_cgr
 
 
 def _bounds(limits: Limits) -> Bounds:
-    return Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.cpus)
+    return Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.disk, limits.cpus)
 
 
 @contextmanager

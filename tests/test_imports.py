@@ -19,6 +19,7 @@ OURS = {
     "jhansi_runtime.cli.records",
     "jhansi_runtime.engine",
     "jhansi_runtime.engine.delegation",
+    "jhansi_runtime.engine.descriptors",
     "jhansi_runtime.engine.exec",
     "jhansi_runtime.engine.launcher",
     "jhansi_runtime.engine.processors",

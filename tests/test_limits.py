@@ -337,11 +337,22 @@ with open("real", "wb") as file:
         file.write(bytes(1 << 20))
 time.sleep(20)
 """
+REMOVED = """
+import os, time
+kept = []
+for number in range(10):
+    kept.append(open(str(number), "wb"))
+    os.unlink(str(number))
+    kept[-1].write(bytes(20 << 20))
+    kept[-1].flush()
+time.sleep(20)
+"""
 BRIEF = 'open("brief", "wb").write(bytes(3 << 20))'
 DISK = {
     "a sparse file of 1 TB": (SPARSE, "--file-size=1024G"),
     "ten million empty files": (MANY, "--disk-files=20000"),
     "a file of 1 GB": (REAL, "--file-size=2G", "--disk=200M"),
+    "files that are removed and held open": (REMOVED, "--disk=100M"),
     "a program that is over before anyone looks": (BRIEF, "--disk=2M"),
 }
 

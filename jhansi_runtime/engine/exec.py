@@ -17,7 +17,7 @@ from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
 from jhansi_runtime.engine.slot import Progress, Slot, step_failed
 from jhansi_runtime.engine.watchdog import Watchdog
-from jhansi_runtime.engine.watches import Bounds, GroupWatch, Reason, Watch
+from jhansi_runtime.engine.watches import Bounds, GroupWatch, Reason, RemovedFilesWatch, Watch
 from jhansi_runtime.engine.wiring import Streams, Wiring
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import cgroup
@@ -225,7 +225,7 @@ class _Run:
             self._ready = True
             self._began = time.monotonic()
             self._deadline = self._began + self._bounds.timeout if not self._cancelling else self._deadline
-            self._watches.append(self._own_watch())
+            self._watches += [self._own_watch(), RemovedFilesWatch(self._slot.proc, self._bounds)]
             return
         if isinstance(message, int):
             self._wiring.connect_terminal(message)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from jhansi_runtime.engine.descriptors import GONE, INIT, bytes_in_memfds, pids
 from jhansi_runtime.engine.watches import AFTER_RLIMIT_SECONDS, Bounds, Reason
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ _PERIOD_SECONDS = 0.05  # the first look comes after it: an exec that is shorter
 _SHORTEST_SECONDS = 0.01
 _REST = 4  # times as long as a look took is the least time until the next: a fifth of a CPU at most
 _BURST_SECONDS = 0.05  # of CPU time that a job may be ahead of its share
-_GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})  # how /proc says that a process has ended
-_INIT = "1"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 _READ = 4096
@@ -113,7 +112,7 @@ class Watchdog:
 
     def _memory(self, processes: list[_Process]) -> int:
         """Return the memory in use, in bytes: first by what is cheap to ask and never too little; then exactly."""
-        files = self._slot.scratch_bytes() + self._memfds(processes)
+        files = self._slot.scratch_bytes() + self._memfds()
         at_most = files + sum(process.resident_bytes for process in processes)
         if at_most <= self._bounds.memory_bytes:
             return at_most
@@ -121,11 +120,11 @@ class Watchdog:
         # What is in /dev/shm or a memfd and mapped as well is to count once.
         return anonymous + max(shared, files)
 
-    def _memfds(self, processes: list[_Process]) -> int:
+    def _memfds(self) -> int:
         """Return the bytes in memfds, as of the last time when there was time to look at every descriptor."""
         began = time.monotonic()
         if began >= self._memfds_due:
-            self._memfd_bytes = _memfd_bytes(self._slot.proc, processes)
+            self._memfd_bytes = bytes_in_memfds(self._slot.proc)
             now = time.monotonic()
             self._memfds_due = now + _REST * _REST * (now - began)
         return self._memfd_bytes
@@ -133,12 +132,12 @@ class Watchdog:
 
 def _processes(proc: int) -> Iterator[_Process]:
     """Yield what is in a container's /proc, init's children included: orphans are among them when they have ended."""
-    for pid in os.listdir(proc):
-        if pid.isdigit() and (text := _read(proc, f"{pid}/stat")):
+    for pid in pids(proc):
+        if text := _read(proc, f"{pid}/stat"):
             # The name, in parentheses, may hold anything; field numbers are those of proc_pid_stat(5), less 3.
             fields = text.rpartition(b")")[2].split()
             user, system, children_user, children_system = map(int, fields[11:15])
-            own, resident = (0, 0) if pid == _INIT else (user + system, int(fields[21]) * _PAGE)
+            own, resident = (0, 0) if pid == INIT else (user + system, int(fields[21]) * _PAGE)
             yield _Process(pid, own, children_user + children_system, resident)
 
 
@@ -151,7 +150,7 @@ def _mapped_bytes(proc: int, processes: list[_Process]) -> tuple[int, int]:
     """Return the bytes of private and of shared memory that processes have mapped; a page of several counts once."""
     anonymous = shared = 0
     for pid, *_ in processes:
-        if pid != _INIT:
+        if pid != INIT:
             # A program that its user may not read shows this to nobody; what it shows counts shared pages repeatedly.
             text = _read(proc, f"{pid}/smaps_rollup") or _read(proc, f"{pid}/status")
             fields = {key: value for key, _, value in (line.partition(b":") for line in text.splitlines())}
@@ -164,37 +163,6 @@ def _kibibytes(fields: Mapping[bytes, bytes], name: bytes) -> int:
     return int(fields[name].split(maxsplit=1)[0]) * 1024 if name in fields else 0
 
 
-def _memfd_bytes(proc: int, processes: list[_Process]) -> int:
-    """Return the bytes in memfds that processes have open, mapped or not (memfd_create(2)), each counted once."""
-    sizes: dict[tuple[int, int], int] = {}
-    for pid, *_ in processes:
-        if pid == _INIT:
-            continue
-        try:
-            folder = os.open(f"{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
-        except PermissionError:
-            continue  # a process that is not dumpable shows its descriptors to nobody but root
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            continue
-        try:
-            sizes.update(_memfds_in(folder))
-        except OSError as error:
-            if error.errno not in {*_GONE, errno.EACCES}:
-                raise
-        finally:
-            os.close(folder)
-    return sum(sizes.values())
-
-
-def _memfds_in(folder: int) -> Iterator[tuple[tuple[int, int], int]]:
-    for name in os.listdir(folder):
-        if os.readlink(name, dir_fd=folder).startswith("/memfd:"):
-            status = os.stat(name, dir_fd=folder)
-            yield (status.st_dev, status.st_ino), status.st_blocks * 512
-
-
 def _read(proc: int, path: str) -> bytes:
     """Return a file of a container's /proc, empty when its process has ended or hides it."""
     try:
@@ -202,13 +170,13 @@ def _read(proc: int, path: str) -> bytes:
     except PermissionError:
         return b""
     except OSError as error:
-        if error.errno not in _GONE:
+        if error.errno not in GONE:
             raise
         return b""
     try:
         return os.read(descriptor, _READ)
     except OSError as error:
-        if error.errno not in {*_GONE, errno.EACCES}:
+        if error.errno not in {*GONE, errno.EACCES}:
             raise
         return b""
     finally:
