@@ -37,6 +37,7 @@ def vm(monkeypatch):
         (["--suite", "sid", "--", "true"], "invalid choice: 'sid'"),
         (["--sysctl", "kernel.panic", "--", "true"], "'kernel.panic' is not NAME=VALUE"),
         (["--swap", "much", "--", "true"], "'much' is not a size like 512M"),
+        (["--service", "--no-dbus", "--", "true"], "--service needs the session bus"),
         (["--no-delegation", "--delegate", "pids", "--", "true"], "not allowed with argument"),
     ],
 )
