@@ -82,7 +82,7 @@ def doctor_of(user, *before):
 
 def refused_exec_of(user):
     """The error of an exec that demands cgroups."""
-    words = ["--rootfs=host", "--require-cgroup", "--workspace", "/var/lib/jhansi-test/checkout", "tools/reference"]
+    words = ["--rootfs=host", "--require-cgroup", "/var/lib/jhansi-test/checkout/tools/reference"]
     output, error = as_user(user, PROGRAM, "run", *words)
     assert output == ""
     return error.rstrip("\n")
@@ -90,12 +90,12 @@ def refused_exec_of(user):
 
 def follow(remedy, user):
     """Do what a remedy says, to the letter, as whom it says."""
-    who, command = re.fullmatch(r"run( as root)?: (.+?)(?: \([^']*\))?", remedy).groups()
+    who, command = re.fullmatch(r"run( as root)?: (.+?)(?: \([^()]*\))?", remedy).groups()
     if who:
         subprocess.run(["sh", "-c", command], check=True)
     else:
-        _, error = as_user(user, "sh", "-c", f"{command} && echo done")
-        assert error == "" or "Removed" in error
+        output, error = as_user(user, "sh", "-c", f"{command} && echo done")
+        assert output == "done\n", error
     wait_for(f"/run/user/{user.pw_uid}/bus")
 
 
@@ -123,12 +123,11 @@ def test_a_user_without_a_systemd_of_its_own_is_told_how_to_get_one(user):
 
 def test_a_user_whose_bus_is_off_is_told_how_to_start_it(user):
     as_user(user, "systemctl", "--user", "mask", "--now", "dbus.socket", "dbus.service")
-    as_user(user, "rm", "-f", f"/run/user/{user.pw_uid}/bus")
 
-    assert_mended_by_its_remedy(user, "there is no bus at /run/user/", "systemctl --user unmask dbus.socket")
+    assert_mended_by_its_remedy(user, "Connection refused", "systemctl --user unmask dbus.socket")
 
 
-@pytest.mark.parametrize("delegated", ["no", "pids", "memory pids"])
+@pytest.mark.parametrize("delegated", ["", "pids", "memory pids"])
 def test_a_user_whose_systemd_was_delegated_too_little_is_told_the_drop_in(user, delegated):
     os.makedirs(DROP_INS, exist_ok=True)
     with open(f"{DROP_INS}/10-without.conf", "w") as file:
