@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import resource
+import warnings  # noqa: F401 - os.execvpe loads it, from Python 3.13 on for the first time, when nothing can be read any more
 from typing import NoReturn
 
 import prctl
@@ -34,6 +35,7 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
     program that ran; a failure of a step, or of execve, is written as itself.
     """
+    failure = Failure("fork", 0, "the job ended before its program began")
     try:
         _prepare(channel, report, host_id)
         channel.send(messages.READY)
@@ -45,9 +47,12 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
             os.write(report, CONFINED)
             _execute(order)
     except StepError as error:
-        os.write(report, encode_failure(error.failure))
-    finally:
-        os._exit(1)
+        failure = error.failure
+    finally:  # whatever it was that came up: there is no program
+        try:
+            os.write(report, encode_failure(failure))
+        finally:
+            os._exit(1)
 
 
 def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
