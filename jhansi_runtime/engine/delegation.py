@@ -172,7 +172,7 @@ def _start_scope(bus: str, name: str, launcher: int) -> str | None:
     ]
     call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", properties, []))
     try:
-        with open_dbus_connection(f"unix:path={bus}") as connection:
+        with open_dbus_connection(f"unix:path={bus}", auth_timeout=_MOVED_WITHIN_SECONDS) as connection:
             unwrap_msg(connection.send_and_get_reply(call, timeout=_MOVED_WITHIN_SECONDS))
     except (OSError, DBusErrorResponse) as error:
         return str(error)
