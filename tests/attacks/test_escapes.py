@@ -60,7 +60,7 @@ from jhansi_runtime.isolation import detach, idmap, inside, job, mounts, net, pr
 SECRET = "the host's secret"
 # In an emulated machine (tools/vm) Python alone may take a second of CPU time to start.
 LIMITS = {"timeout": 40, "file_size": 1 << 20, "nofile": 64, "tmp": 1 << 20, "cpu_time": 3, "memory": 64 << 20}
-LIMITS |= {"pids": 50, "cpus": 1}
+LIMITS |= {"pids": 20, "cpus": 1}
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -258,7 +258,7 @@ print("escaped")
         "the number of processes is limited",
         (without(job, "_limit"),),
         """
-for _ in range(60):
+for _ in range(25):
     if os.fork() == 0:
         signal.pause()
 print("escaped")
