@@ -1,6 +1,7 @@
 """The launcher: a process that holds nothing of its host's, serves several threads, and takes its containers along."""
 
 import os
+import re
 import pathlib
 import signal
 import threading
@@ -76,6 +77,8 @@ def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
     )
     with open(f"/proc/{launcher}/environ") as file:
         assert file.read() == ""
+    # Where there are cgroups, its own part of the tree and what it has made in there.
+    descriptors = [target for target in descriptors if not re.search(r"/jhansi-[0-9a-f]{16}(/|$)", target)]
     # Two sockets: to its host, and to the init it has begun, whose pidfd it holds.
     assert descriptors == ["/dev/null", "/dev/null", "/dev/null", "anon_inode", "socket", "socket"]
     assert os.listdir(f"/proc/{launcher}/task") == [str(launcher)]
