@@ -1,8 +1,8 @@
 """The launcher: a process that holds nothing of its host's, serves several threads, and takes its containers along."""
 
 import os
-import re
 import pathlib
+import re
 import signal
 import threading
 import time
