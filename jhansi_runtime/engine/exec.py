@@ -5,6 +5,7 @@ signal to the caller, what a watch has seen. Whichever comes first is the reason
 and what the job had written until then is still passed on.
 """
 
+import errno
 import math
 import os
 import select
@@ -238,8 +239,7 @@ class _Run:
             if self._cancelling and os.WIFSIGNALED(message.wait_status):
                 self.reason = self.reason or "cancelled"
         elif message is None:
-            # When memory runs out, the kernel ends all that is in the cgroup, init among them.
-            if self._slot.group is not None and cgroup.figures(self._slot.group).oom_kills:
+            if _ran_out_of_memory(self._slot):
                 self.reason = self.reason or "oom_killed"
             if self.reason is None:
                 raise HostError("init ended without saying how the job did")
@@ -290,6 +290,18 @@ class _Run:
         self.reason = self.reason or reason
         self._slot.signal(signal.SIGKILL)
         self._deadline = time.monotonic() + _ENDED_WITHIN_SECONDS
+
+
+def _ran_out_of_memory(slot: Slot) -> bool:
+    """Say whether that is why init is gone: the kernel then ends all that is in the cgroup."""
+    if slot.group is None:
+        return False
+    try:
+        return cgroup.figures(slot.group).oom_kills > 0
+    except OSError as error:  # the cgroup has gone as well, with a launcher that was killed
+        if error.errno not in {errno.ENOENT, errno.ENODEV}:
+            raise
+        return False
 
 
 def _usage(slot: Slot, run: _Run) -> Usage:
