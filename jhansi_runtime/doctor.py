@@ -22,8 +22,9 @@ from jhansi_runtime.errors import HostError, JhansiError, StepFailedError
 from jhansi_runtime.isolation import cgroup, syscalls
 from jhansi_runtime.isolation.channel import Container, Order
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
+from jhansi_runtime.isolation.landlock import OLDEST_ABI, usable_abi
 from jhansi_runtime.paths import Paths, shipped
-from jhansi_runtime.profiles import ProfileStore
+from jhansi_runtime.profiles import DEFAULT, ProfileStore
 from jhansi_runtime.quantities import size_text
 from jhansi_runtime.rootfs import RootfsStore
 from jhansi_runtime.spec import Check, Limits
@@ -37,8 +38,9 @@ STEPS = (
     *("fork", "detach from the launcher", "loopback", "hostname"),  # inside.py, before it is known what to build
     *("sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
     *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
-    *("pivot_root", "workspace", "standard streams", "children"),  # inside.py
-    *("working directory", "streams", "processors", "limits", "descriptors", "seccomp", "execve"),  # job.py
+    *("pivot_root", "landlock ruleset", "workspace", "standard streams", "children"),  # inside.py
+    *("working directory", "streams", "processors", "limits"),  # job.py
+    *("landlock restriction", "descriptors", "seccomp", "execve"),
 )
 
 # And those of a container that is to have a cgroup.
@@ -82,6 +84,7 @@ def checks(paths: Paths | None = None) -> list[Check]:
         *_setting_checks(works=works),
         _proc_check(works=works),
         *_namespace_checks(),
+        _landlock_check(),
         *container,
         _folder_check("JHANSI_HOME", paths.home, executable=True),
         _folder_check("PETRI_WORKSPACE_ROOT", paths.workspaces, executable=False),
@@ -113,10 +116,12 @@ def _try_profile(scratch: str) -> tuple[Check, tuple[bytes, ...]]:
     name = "seccomp profile"
     try:
         # A cache of its own: what an earlier run compiled says nothing about libseccomp now.
-        profile = ProfileStore(shipped("seccomp"), os.path.join(scratch, "cache")).open()
+        store = ProfileStore(shipped("seccomp"), os.path.join(scratch, "none"), os.path.join(scratch, "cache"))
+        profiles = {one: store.open(one) for one in store.names()}
     except JhansiError as error:
         return Check(name=name, ok=False, detail=error.message, remedy=error.remedy or _REPORT), ()
-    return Check(name=name, ok=True, detail="compiled by libseccomp"), profile.programs
+    detail = f"compiled by libseccomp: {', '.join(profiles)}"
+    return Check(name=name, ok=True, detail=detail), profiles[DEFAULT].compiled.programs
 
 
 def _try_steps(scratch: str, filters: tuple[bytes, ...]) -> list[Check]:
@@ -173,7 +178,16 @@ def _container(scratch: str) -> Container:
         file.write(_RECIPE)
     rootfs = RootfsStore(os.path.join(scratch, "rootfs"), recipes).host(_LANGUAGE)
     processors = tuple(os.sched_getaffinity(0))
-    return Container(rootfs.tree, rootfs.binds, workspaces, Limits().tmp, host_id, processors, cgroup=None)
+    return Container(
+        tree=rootfs.tree,
+        binds=rootfs.binds,
+        workspaces=workspaces,
+        tmp_bytes=Limits().tmp,
+        host_id=host_id,
+        processors=processors,
+        landlock=usable_abi(),
+        cgroup=None,
+    )
 
 
 def _run_true(container: Container, filters: tuple[bytes, ...], launcher: Launcher) -> None:
@@ -191,6 +205,7 @@ def _run_true(container: Container, filters: tuple[bytes, ...], launcher: Launch
         processes=limits.pids,
         processors=container.processors,
         filters=filters,
+        sole_program=False,
     )
     with Slot(container, launcher) as slot:
         bounds = Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.disk, limits.cpus)
@@ -289,6 +304,15 @@ def _namespace_checks() -> Iterator[Check]:
             yield _problem(name, error, remedies.remedy_for("namespaces", error.errno or 0))
         else:
             yield Check(name=name, ok=True, detail="allowed in a user namespace")
+
+
+def _landlock_check() -> Check:
+    """Which Landlock there is. Without one an exec goes on, and says so: it is a second fence."""
+    abi = syscalls.landlock_abi()
+    detail = f"ABI {abi}" if abi else "not in this kernel, or not turned on"
+    if 0 < abi < OLDEST_ABI:
+        detail += ", which would keep files from being moved between folders: not used"
+    return _check("landlock", ok=usable_abi() > 0, detail=detail, remedy=remedies.LANDLOCK)
 
 
 def _clone(flags: int) -> None:

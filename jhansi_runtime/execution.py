@@ -42,7 +42,7 @@ class Exec(NamedTuple):
     """One exec, with everything decided: what, where, in what, within what, for whom, under which id.
 
     found is the file of the workspace to run, None when the request names a program of the rootfs; processors are the
-    CPUs it may use.
+    CPUs it may use; landlock is the ABI, 0 for none.
     """
 
     run: Run
@@ -51,6 +51,7 @@ class Exec(NamedTuple):
     place: Place
     rootfs: Rootfs
     profile: Profile
+    landlock: int
     limits: Limits
     request: ExecRequest
     found: Program | None
@@ -128,6 +129,7 @@ def _container(this: Exec, launcher: Launcher) -> Container:
         tmp_bytes=limits.tmp,
         host_id=this.place.host_id,
         processors=this.processors,
+        landlock=this.landlock,
         cgroup=None if delegation.base is None else cgroup.Limits(limits.memory, limits.pids, limits.cpus),
     )
 
@@ -144,7 +146,8 @@ def _order(this: Exec, program: _Program, environment: dict[str, str], *, in_cgr
         open_files=this.limits.nofile,
         processes=this.limits.pids + in_cgroup,  # the cgroup refuses first, and counts how often
         processors=this.processors,
-        filters=this.profile.programs,
+        filters=this.profile.compiled.programs,
+        sole_program=this.profile.compiled.sole_program,
     )
 
 
@@ -213,7 +216,9 @@ def _record_start(this: Exec, audit: AuditLog, program: _Program) -> str:
         argv=program.argv,
         environment=sorted(this.request.env),
         rootfs=this.rootfs.digest,
+        seccomp=this.profile.name,
         profile=this.profile.digest,
+        landlock=this.landlock,
         limits=structs.asdict(this.limits),
         network="none",
     )
@@ -269,6 +274,9 @@ def _result(this: Exec, ended: Ended, streams: Streams, started_at: str) -> Exec
         message=_message(status, exit_code, number, this.limits) + _refused(ended.usage.forks_refused, this.limits),
         enforcement="cgroup" if ended.in_cgroup else "watchdog",
         accounting="exact" if ended.usage.is_exact else "sampled",
+        seccomp=this.profile.name,
+        seccomp_digest=this.profile.digest,
+        landlock=this.landlock,
         rootfs=this.rootfs.digest,
         limits=this.limits,
         started_at=started_at,

@@ -62,6 +62,11 @@ class Paths(NamedTuple):
         return os.path.join(self.home, "detached")
 
     @property
+    def profiles(self) -> str:
+        """The seccomp profiles that were added."""
+        return os.path.join(self.home, "seccomp")
+
+    @property
     def cache(self) -> str:
         """What can be made again: compiled seccomp profiles."""
         return os.path.join(self.home, "cache")

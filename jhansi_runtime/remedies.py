@@ -11,6 +11,7 @@ from typing import NamedTuple
 __all__ = [
     "ASK_DOCTOR",
     "COVERED_PROC",
+    "LANDLOCK",
     "NO_SYSTEMD",
     "OLDEST_KERNEL",
     "SETTINGS",
@@ -85,6 +86,10 @@ _BY_ERRNO = {
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
     errno.ENFILE: "run as root: sysctl -w fs.file-max=1000000 (the machine has too many files open)",
 }
+
+LANDLOCK = (
+    "boot Linux 5.19 or newer, with landlock added to the kernel argument lsm= (/sys/kernel/security/lsm tells it)"
+)
 
 # What mends a host without cgroups for us.
 UNIFIED = "boot with the kernel argument systemd.unified_cgroup_hierarchy=1 (cgroup v1 is not used)"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec import UNSET, structs
 
+from jhansi_runtime import remedies
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine import Launcher, LauncherProcess, Processors, Streams
@@ -24,9 +25,10 @@ from jhansi_runtime.errors import (
 )
 from jhansi_runtime.execution import Exec, find_program, perform
 from jhansi_runtime.isolation.idmap import HOST_ID_FOR_ROOT
+from jhansi_runtime.isolation.landlock import usable_abi
 from jhansi_runtime.paths import Paths, required, shipped
 from jhansi_runtime.places import Place, folder_place, inside, refuse_own_files, require_file
-from jhansi_runtime.profiles import ProfileStore
+from jhansi_runtime.profiles import DEFAULT, Profile, ProfileStore
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
 from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
@@ -77,7 +79,8 @@ class Runtime:
         self._host_id = HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
         self._sandboxes = Sandboxes(self.paths.workspaces, owner=self._host_id)
         self._rootfs = RootfsStore(self.paths.rootfs, shipped("rootfs"))
-        self._profiles = ProfileStore(shipped("seccomp"), self.paths.cache)
+        self._profiles = ProfileStore(shipped("seccomp"), self.paths.profiles, self.paths.cache)
+        self._landlock = usable_abi()
         self._runs = Runs(self.paths.runs)
         self._launcher = launcher or LauncherProcess()
         self._processors = Processors()
@@ -119,15 +122,18 @@ class Runtime:
         ttl: float | None = None,
         limits: Mapping[str, float | bool] | None = None,
         rootfs: RootfsChoice = "recipe",
+        seccomp: str = DEFAULT,
         idempotency_key: str | None = None,
         at_most: int | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
 
+        seccomp is the name of the profile that its execs run under.
+
         What was created with the same idempotency_key before, and is still there, is returned instead. BusyError when
         there are at_most already.
-        InvalidRequestError names what is wrong with a value, NotFoundError an unknown language, ConflictError a name
-        that is taken.
+        InvalidRequestError names what is wrong with a value, NotFoundError an unknown language or profile,
+        ConflictError a name that is taken.
         """
         if language not in self._rootfs.languages():
             known = ", ".join(self._rootfs.languages())
@@ -138,6 +144,7 @@ class Runtime:
             "labels": dict(labels or {}),
             "limits": Limits().changed(limits or {}),
             "rootfs": rootfs,
+            "seccomp": self._profiles.open(seccomp).name,
         }
         # The id follows from the key: who comes second, be it in another process, finds what the first has made.
         derived = None if idempotency_key is None else _derived_id(self._actor, idempotency_key)
@@ -177,6 +184,8 @@ class Runtime:
         given = {name: value for name, value in structs.asdict(changes).items() if value is not UNSET}
         if "limits" in given:
             given["limits"] = sandbox.limits.changed(given["limits"])
+        if "seccomp" in given:
+            self._profiles.open(given["seccomp"])
         changed = self._sandboxes.change(sandbox.id, **given)
         self._record("sandbox.update", sandbox.id, changed=sorted(given))
         return changed
@@ -334,7 +343,9 @@ class Runtime:
             )
             run_id = run_id or new_run_id()
             with self._runs.begin(run_id, {"sandbox_id": sandbox.id}) as run:
-                request = structs.replace(request, rootfs=request.rootfs or sandbox.rootfs)
+                request = structs.replace(
+                    request, rootfs=request.rootfs or sandbox.rootfs, seccomp=request.seccomp or sandbox.seccomp
+                )
                 return self._perform(run, run_id, place, sandbox.language, limits, request, streams)
 
     def run(
@@ -389,7 +400,16 @@ class Runtime:
         if result.exit_code != 0:
             raise HostError(f"a program that does nothing {result.message}", remedy="run: jhansi-run doctor")
 
-    # --- rootfs ---
+    # --- seccomp profiles and rootfs ---
+
+    def profile_add(self, path: str) -> str:
+        """Keep a seccomp profile that is in a file of the host; return the name that execs call it by from now on.
+
+        InvalidRequestError says what is wrong with it, NotFoundError that it is not there.
+        """
+        name = self._profiles.add(path)
+        self._record("profile.add", None, profile=name, source=os.path.abspath(path))
+        return name
 
     def languages(self) -> list[Language]:
         """Every language that has a recipe, and the rootfs it has, if there is one already."""
@@ -449,14 +469,37 @@ class Runtime:
         if self._required & {"all", "cgroup"}:
             limits = structs.replace(limits, require_cgroup=True)
         with self._processors.taken(limits.cpus) as processors:
-            profile = self._profiles.open()
-            this = Exec(run, run_id, self._actor, place, rootfs, profile, limits, request, found, processors)
+            this = Exec(
+                run=run,
+                run_id=run_id,
+                actor=self._actor,
+                place=place,
+                rootfs=rootfs,
+                profile=self._profile(request.seccomp or DEFAULT),
+                landlock=self._landlock,
+                limits=limits,
+                request=request,
+                found=found,
+                processors=processors,
+            )
             return perform(this, self._launcher, self.audit, streams or Streams())
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":
             return self._rootfs.host(language)
         return self._rootfs.open(language, progress=self._progress)
+
+    def _profile(self, name: str) -> Profile:
+        """Return a profile that can be enforced here, with the rest of what is required."""
+        profile = self._profiles.open(name)
+        if not self._landlock and self._required & {"all", "landlock"}:
+            raise HostError("this kernel has no Landlock that can be used", remedy=remedies.LANDLOCK)
+        if not self._landlock and profile.compiled.sole_program:
+            raise HostError(
+                f"under the seccomp profile {name!r} nothing but the program may be executed, which takes Landlock",
+                remedy=remedies.LANDLOCK,
+            )
+        return profile
 
     @contextmanager
     def _ephemeral_place(self, run_id: str, language: str, file: str | None, limits: Limits) -> Iterator[Place]:

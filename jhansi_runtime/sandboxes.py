@@ -78,6 +78,7 @@ class Sandboxes:
         ttl: float | None = None,
         limits: Limits,
         rootfs: RootfsChoice = "recipe",
+        seccomp: str = "default",
         owner: str | None = None,
         sandbox_id: str | None = None,
         ephemeral: str | None = None,
@@ -97,6 +98,7 @@ class Sandboxes:
             labels=_checked_labels(labels),
             limits=limits,
             rootfs=rootfs,
+            seccomp=seccomp,
             expires_at=_expiry(ttl, now),
             owner=owner,
         )
@@ -200,6 +202,7 @@ class Sandboxes:
         labels: Mapping[str, str] | UnsetType = UNSET,
         ttl: float | UnsetType | None = UNSET,
         limits: Limits | UnsetType = UNSET,
+        seccomp: str | UnsetType = UNSET,
     ) -> Sandbox:
         """Change what is given and return the result. None takes a name or an end away; labels replace all labels.
 
@@ -214,6 +217,8 @@ class Sandboxes:
             changes["expires_at"] = _expiry(ttl, time.time())
         if limits is not UNSET:
             changes["limits"] = limits
+        if seccomp is not UNSET:
+            changes["seccomp"] = seccomp
         sandbox_id = self.find(reference).id
         with explained(self.root), self._opened_root() as root, _locked(root):
             before = self._read(sandbox_id)

@@ -35,6 +35,7 @@ __all__ = [
     "SandboxBody",
     "SandboxChange",
     "SandboxPage",
+    "SeccompProfile",
     "ServerSettings",
     "Settings",
     "TerminalControl",
@@ -94,6 +95,12 @@ Ttl = Annotated[
 ]
 Text = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^\u0000]*$"})]
 Path = Annotated[str, Meta(extra_json_schema={"pattern": PATH_PATTERN})]
+# A profile of the package, or one that was added: sha256-... of its text.
+ProfileName = Annotated[
+    str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,99}\Z", description="the name of a seccomp profile")
+]
+Word = Annotated[int, Meta(ge=0)]  # of 64 bits, which is more than msgspec has bounds for
+Errno = Annotated[int, Meta(ge=1, le=4095)]
 Variable = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^=\u0000]+$"})]
 
 
@@ -131,6 +138,7 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     limits: Limits = Limits()
     rootfs: RootfsChoice = "recipe"
+    seccomp: str = "default"
     expires_at: str | None = None
     owner: str | None = None
 
@@ -144,6 +152,7 @@ class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ttl: Ttl | None = None
     limits: dict[str, float | bool] = {}
     rootfs: RootfsChoice = "recipe"
+    seccomp: ProfileName = "default"
 
 
 class SandboxPage(Struct, frozen=True, kw_only=True):
@@ -164,12 +173,14 @@ class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     labels: Labels | UnsetType = UNSET
     ttl: Ttl | UnsetType | None = UNSET
     limits: dict[str, float | bool] | UnsetType = UNSET
+    seccomp: ProfileName | UnsetType = UNSET
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One program to run: a file of the workspace (filename) or a program of the rootfs (command), never both.
 
-    env is all the job sees beyond PATH, HOME, LANG. limits are the fields of Limits to change for this exec.
+    env is all the job sees beyond PATH, HOME, LANG. limits are the fields of Limits to change for this exec; seccomp is
+    the profile to run it under, if not the sandbox's.
     """
 
     filename: Path | None = None
@@ -178,6 +189,7 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     env: dict[Variable, Text] = {}
     limits: dict[str, float | bool] = {}
     rootfs: RootfsChoice | None = None
+    seccomp: ProfileName | None = None
     encoding: Encoding = "text"
 
 
@@ -200,7 +212,8 @@ class ExecResult(Struct, frozen=True, kw_only=True):
 
     exit_code is None unless status is `exited`; stdout and stderr are None when they were passed through; sandbox_id is
     None for a one-shot run. accounting says whether the CPU time and the peak of memory are the kernel's own, of every
-    process, or what was seen of them at intervals.
+    process, or what was seen of them at intervals. seccomp and seccomp_digest are the profile that was enforced,
+    landlock is the ABI of Landlock, 0 where the kernel has none.
     """
 
     run_id: str
@@ -222,6 +235,9 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     message: str
     enforcement: Enforcement
     accounting: Accounting = "sampled"
+    seccomp: str = "default"
+    seccomp_digest: str = ""
+    landlock: int = 0
     rootfs: str
     limits: Limits
     started_at: str
@@ -320,6 +336,46 @@ class RootfsInfo(Struct, frozen=True, kw_only=True):
     files: int
     created_at: str
     source: str
+
+
+class SeccompArgument(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A comparison with one argument of a call. With SCMP_CMP_MASKED_EQ, value is the mask and valueTwo the value."""
+
+    index: Annotated[int, Meta(ge=0, le=5)]
+    value: Word
+    valueTwo: Word = 0  # noqa: N815 - the specification's own name
+    op: Literal[
+        "SCMP_CMP_NE",
+        "SCMP_CMP_LT",
+        "SCMP_CMP_LE",
+        "SCMP_CMP_EQ",
+        "SCMP_CMP_GE",
+        "SCMP_CMP_GT",
+        "SCMP_CMP_MASKED_EQ",
+    ]
+
+
+class SeccompRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of the calls of these names whose arguments all match; of several rules the refusal wins."""
+
+    names: Annotated[list[str], Meta(min_length=1)]
+    action: Literal["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"]
+    errnoRet: Errno = 1  # noqa: N815 - likewise
+    args: Annotated[list[SeccompArgument], Meta(max_length=6)] = []
+    comment: str = ""
+
+
+class SeccompProfile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A seccomp profile: an allow-list, as the OCI runtime specification writes it (config-linux.md, "Seccomp").
+
+    architectures may be there, and changes nothing: calls of another architecture than the machine's end the process.
+    """
+
+    defaultAction: Literal["SCMP_ACT_ERRNO"]  # noqa: N815 - likewise
+    defaultErrnoRet: Errno = 1  # noqa: N815 - likewise
+    architectures: list[str] = []
+    syscalls: list[SeccompRule]
+    comment: str = ""
 
 
 class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

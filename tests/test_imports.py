@@ -35,6 +35,7 @@ OURS = {
     "jhansi_runtime.isolation.cgroup",
     "jhansi_runtime.isolation.channel",
     "jhansi_runtime.isolation.idmap",
+    "jhansi_runtime.isolation.landlock",
     "jhansi_runtime.isolation.seccomp",
     "jhansi_runtime.isolation.spawn",
     "jhansi_runtime.isolation.steps",

@@ -61,8 +61,8 @@ TABLE = {
     "places": May(f"{BASE} workspace disk room"),
     "execution": May(f"{BASE} isolation engine rootfs profiles places workspace disk audit runs", "msgspec"),
     "runtime": May(
-        f"{BASE} isolation.idmap execution places engine rootfs profiles sandboxes workspace archive audit runs "
-        "settings",
+        f"{BASE} isolation.idmap isolation.landlock execution places engine rootfs profiles sandboxes workspace "
+        "archive audit runs settings",
         "msgspec",
     ),
     "background": May(f"{BASE} engine detached runtime", "msgspec"),

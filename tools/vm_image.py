@@ -133,6 +133,7 @@ MASKED = (
     *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-fs-fuse-connections.mount", "dev-hugepages.mount"),
     *("systemd-ask-password-console.path", "systemd-ask-password-wall.path", "systemd-initctl.socket"),
     *("getty.target", "cryptsetup.target", "integritysetup.target", "veritysetup.target", "remote-fs.target"),
+    "tmp.mount",  # trixie's /tmp is a tmpfs, without devices and with half of the memory
 )
 GENERATORS = (
     *("cryptsetup", "debug", "getty", "gpt-auto", "hibernate-resume", "integritysetup"),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jhansi_runtime.cli.opening import open_runtime
+from jhansi_runtime.cli.opening import open_runtime, profile_name
 from jhansi_runtime.cli.records import discard_record, print_json, write_record
 from jhansi_runtime.rendering import printable
 
@@ -69,6 +69,7 @@ def exec_and_report(
     with open_runtime(spawned=spawned) as runtime, _stdin(stdin_path) as stdin:
         from jhansi_runtime.spec import ExecRequest  # noqa: PLC0415 - see open_runtime
 
+        request = request | {"seccomp": profile_name(runtime, request.get("seccomp"))}
         _build_missing_rootfs(runtime, request, one_shot)
         with _forwarded_signals() as signals:
             streams = _streams(stdin, signals.control, captured=as_json)

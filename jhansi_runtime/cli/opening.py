@@ -1,4 +1,7 @@
-"""The runtime that the commands call, opened late: --help, completion and a usage error need none."""
+"""The runtime that the commands call, opened late: --help, completion and a usage error need none.
+
+And what of a command line takes a runtime to understand.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from jhansi_runtime.isolation.spawn import Spawned
     from jhansi_runtime.runtime import Runtime
 
-__all__ = ["open_runtime"]
+__all__ = ["open_runtime", "profile_name"]
 
 
 @contextmanager
@@ -31,6 +34,13 @@ def open_runtime(status: StatusLine | None = None, *, spawned: "Spawned | None" 
             yield runtime
     finally:
         status.clear()
+
+
+def profile_name(runtime: "Runtime", reference: str | None) -> str | None:
+    """The name of the seccomp profile that --seccomp NAME|FILE says; None where it was not given."""
+    if reference is None or not ("/" in reference or reference.endswith(".json")):
+        return reference
+    return runtime.profile_add(reference)
 
 
 def _load_msgspec() -> None:

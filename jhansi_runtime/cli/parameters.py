@@ -113,6 +113,11 @@ ROOTFS = click.option(
     type=click.Choice(["recipe", "host"]),
     help="The root tree: built from the language's recipe, or this host's own programs, read-only.",
 )
+SECCOMP = click.option(
+    "--seccomp",
+    metavar="NAME|FILE",
+    help="The system calls it may make: `default`, `strict` (computing alone), or those of an OCI profile in a file.",
+)
 
 LIMITS = (
     ("--memory", size, "Memory of all its processes, and what it has in --tmp [default: 512M]."),

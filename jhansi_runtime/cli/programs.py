@@ -10,6 +10,7 @@ from jhansi_runtime.cli.parameters import (
     LANGUAGE,
     ROOTFS,
     SANDBOX,
+    SECCOMP,
     complete_path,
     given,
     limit_options,
@@ -35,6 +36,7 @@ _ENDS_OPTIONS = {"allow_interspersed_args": False}  # what follows the first wor
 @click.option("--command", "is_command", is_flag=True, help="Run a program of the rootfs, not a file of the workspace.")
 @limit_options
 @ROOTFS
+@SECCOMP
 @_ENVIRONMENT
 @_STDIN
 @AS_JSON
@@ -57,6 +59,7 @@ def exec_command(
     words: tuple[str, ...],
     is_command: bool,
     rootfs: str | None,
+    seccomp: str | None,
     pairs: tuple[tuple[str, str], ...],
     stdin_path: str | None,
     as_json: bool,
@@ -72,7 +75,8 @@ def exec_command(
     what: dict[str, Any] = {"filename": program, "args": arguments}
     if is_command:
         what = {"command": [program, *arguments]}
-    request = {"sandbox": sandbox, **what, "env": dict(pairs), "rootfs": rootfs, "limits": given(limits)}
+    request = {"sandbox": sandbox, **what, "env": dict(pairs), "rootfs": rootfs, "seccomp": seccomp}
+    request["limits"] = given(limits)
     return exec_and_report(request, spawned=spawned, stdin_path=stdin_path, as_json=as_json, result_path=result_path)
 
 
@@ -81,6 +85,7 @@ def exec_command(
 @LANGUAGE
 @limit_options
 @ROOTFS
+@SECCOMP
 @_ENVIRONMENT
 @_STDIN
 @AS_JSON
@@ -95,6 +100,7 @@ def run_command(
     workspace: str | None,
     language: str,
     rootfs: str | None,
+    seccomp: str | None,
     pairs: tuple[tuple[str, str], ...],
     stdin_path: str | None,
     as_json: bool,
@@ -106,7 +112,8 @@ def run_command(
     Everything after FILE belongs to the program. Without --workspace the sandbox holds FILE alone.
     """
     file, *arguments = words
-    request = {"sandbox": "", "args": arguments, "env": dict(pairs), "rootfs": rootfs, "limits": given(limits)}
+    request = {"sandbox": "", "args": arguments, "env": dict(pairs), "rootfs": rootfs, "seccomp": seccomp}
+    request["limits"] = given(limits)
     one_shot = OneShot(file, language, workspace)
     return exec_and_report(
         request, one_shot, spawned=spawned, stdin_path=stdin_path, as_json=as_json, result_path=result_path
@@ -116,6 +123,7 @@ def run_command(
 @click.command("shell")
 @limit_options
 @ROOTFS
+@SECCOMP
 @_ENVIRONMENT
 @SANDBOX
 @click.pass_obj
@@ -125,6 +133,7 @@ def shell_command(
     *,
     sandbox: str,
     rootfs: str | None,
+    seccomp: str | None,
     pairs: tuple[tuple[str, str], ...],
     **limits: float | bool | None,
 ) -> int:
@@ -134,7 +143,7 @@ def shell_command(
     """
     from jhansi_runtime.spec import SESSION, SESSION_LIMITS  # noqa: PLC0415 - see open_runtime
 
-    request = {"sandbox": sandbox, "command": SESSION, "env": dict(pairs), "rootfs": rootfs}
+    request = {"sandbox": sandbox, "command": SESSION, "env": dict(pairs), "rootfs": rootfs, "seccomp": seccomp}
     return exec_and_report(request | {"limits": SESSION_LIMITS | given(limits)}, spawned=spawned)
 
 

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jhansi_runtime.cli.opening import open_runtime
+from jhansi_runtime.cli.opening import open_runtime, profile_name
 from jhansi_runtime.cli.parameters import (
     AS_JSON,
     LANGUAGE,
     ROOTFS,
     SANDBOX,
+    SECCOMP,
     complete_sandbox,
     duration,
     given,
@@ -34,6 +35,7 @@ __all__ = ["COMMANDS"]
 @click.option("--label", "labels", type=pair, multiple=True, metavar="K=V", help="A label. May be repeated.")
 @click.option("--ttl", type=duration, help="Let `gc` remove it after this time.")
 @ROOTFS
+@SECCOMP
 @limit_options
 @AS_JSON
 def create_command(
@@ -43,13 +45,20 @@ def create_command(
     labels: tuple[tuple[str, str], ...],
     ttl: float | None,
     rootfs: "RootfsChoice | None",
+    seccomp: str | None,
     as_json: bool,
     **limits: float | None,
 ) -> None:
     """Make a sandbox and print its id. Limits given here are the defaults of its execs."""
     with open_runtime() as runtime:
         sandbox = runtime.create(
-            language, name=name, labels=dict(labels), ttl=ttl, limits=given(limits), rootfs=rootfs or "recipe"
+            language,
+            name=name,
+            labels=dict(labels),
+            ttl=ttl,
+            limits=given(limits),
+            rootfs=rootfs or "recipe",
+            seccomp=profile_name(runtime, seccomp) or "default",
         )
     if as_json:
         print_json(sandbox)
@@ -88,6 +97,7 @@ def show_command(sandbox: str, as_json: bool) -> None:
         "name": record.name or "-",
         "language": record.language,
         "rootfs": record.rootfs,
+        "seccomp": record.seccomp,
         "created": record.created_at,
         "expires": record.expires_at or "-",
         "labels": _labels(record),

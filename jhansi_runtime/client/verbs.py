@@ -63,6 +63,7 @@ class SandboxOptions(TypedDict, total=False):
     ttl: float | None
     limits: dict[str, float | bool]
     rootfs: RootfsChoice
+    seccomp: str
     idempotency_key: str
 
 
@@ -73,6 +74,7 @@ class Changes(TypedDict, total=False):
     labels: dict[str, str]
     ttl: float | None
     limits: dict[str, float | bool]
+    seccomp: str
 
 
 class JobOptions(TypedDict, total=False):
@@ -83,6 +85,7 @@ class JobOptions(TypedDict, total=False):
     stdin: str | bytes
     limits: Mapping[str, float | bool]
     rootfs: RootfsChoice
+    seccomp: str
     encoding: Encoding
 
 
@@ -336,6 +339,7 @@ def _job(
         stdin=stdin if isinstance(stdin, str) else stdin.decode("utf-8", "surrogateescape"),
         limits=dict(options.get("limits", {})),
         rootfs=options.get("rootfs"),
+        seccomp=options.get("seccomp"),
         encoding=options.get("encoding", "text"),
         detach=is_detached,
     )

@@ -13,15 +13,15 @@ map, and reaps it in the end. A host with one thread may be its own launcher (la
 the same for every container the launcher can begin ahead, when the host tells it that there will be another.
 
 *init* (inside.py) is PID 1 of the container, our code, trusted. It begins (forks the job to be, loopback, hostname) and
-waits for somebody to want it; told what to build, it builds (mounts, pivot_root), says READY and waits again; an ORDER,
-which carries the job's three standard streams as descriptors, makes it bind the one workspace, detach the hidden folder
-of all workspaces, and hand the order on; it then reaps, forwards signals, ends what is left, reports the outcome and
-exits.
+waits for somebody to want it; told what to build, it builds (mounts, pivot_root, a Landlock ruleset), says READY and
+waits again; an ORDER, which carries the job's three standard streams as descriptors, makes it bind the one workspace,
+detach the hidden folder of all workspaces, and hand the order on; it then reaps, forwards signals, ends what is left,
+reports the outcome and exits.
 
 The *job* (job.py) begins as a copy of init, forked ahead, and takes everything away from itself: a further user
-namespace in which it has no capability, bounding set, no_new_privs, and once the order is there limits, every
-descriptor but its three, the seccomp filter; then it calls execve. If any step fails, nothing is executed and the step
-is reported.
+namespace in which it has no capability, bounding set, no_new_privs, and once the order is there limits, what Landlock
+does not allow, every descriptor but its three, the seccomp filter; then it calls execve. If any step fails, nothing is
+executed and the step is reported.
 
           host              launcher               init                        job
 begin     BEGIN ->          clone3, id map
@@ -45,6 +45,6 @@ the mounts and the network around it. Whoever dies takes along what it started: 
 closes), the launcher its inits (PR_SET_PDEATHSIG), init everything in its pid namespace.
 
 Kernel surprises are told where they matter. Modules: channel (the messages), spawn and launcher, launch, inside, job,
-detach, and one module a concern: idmap, mounts, net, caps, seccomp, signals, terminal, syscalls. Nothing here imports
-what is above it, and on the exec path nothing outside the standard library but prctl.
+detach, and one module a concern: idmap, mounts, net, caps, landlock, seccomp, signals, terminal, cgroup, processors,
+syscalls. Nothing here imports what is above it, and on the exec path nothing outside the standard library but prctl.
 """

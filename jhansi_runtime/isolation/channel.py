@@ -19,7 +19,8 @@ __all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Rea
 
 LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptors: its pidfd, and its cgroup if it has one)
 READY = b"r"  # init: the container is built (descriptors: the filesystem of /tmp, HOME and /dev/shm; its /proc)
-# Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams.
+# Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams,
+# and a Landlock ruleset if there is one.
 ORDER = b"o"
 TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL, SIGSTOP, SIGCONT are for everything in the container
@@ -51,7 +52,8 @@ class Container(NamedTuple):
     tree is the rootfs; binds are (host path, path in the tree) laid over it read-only; workspaces is the folder that
     an order's workspace lies in; tmp_bytes bounds /tmp, HOME and /dev/shm together; host_id is the id outside that
     uid and gid 1000 stand for, None for the caller's own; processors are the numbers of the CPUs that are seen inside;
-    cgroup is what its cgroup limits it to, None for a container that is to have no cgroup of its own.
+    landlock is the ABI that its job's ruleset is made for, 0 for a kernel that has none; cgroup is what its cgroup
+    limits it to, None for a container that is to have no cgroup of its own.
     """
 
     tree: str
@@ -60,6 +62,7 @@ class Container(NamedTuple):
     tmp_bytes: int
     host_id: int | None
     processors: tuple[int, ...]
+    landlock: int
     cgroup: Limits | None
 
 
@@ -70,7 +73,7 @@ class Order(NamedTuple):
     are that pty, and the others are the descriptors passed with the order, in that sequence.
     argv and environment are bytes as execve takes them; cpu_seconds, file_bytes, open_files and processes are rlimits;
     processors are the CPUs that the job may run on; filters are compiled seccomp programs, all installed, the strictest
-    answer wins.
+    answer wins; with sole_program nothing else than the program itself can be executed.
     """
 
     workspace: str
@@ -84,6 +87,7 @@ class Order(NamedTuple):
     processes: int
     processors: tuple[int, ...]
     filters: tuple[bytes, ...]
+    sole_program: bool
 
 
 class Outcome(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 import prctl
 
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import idmap, job, mounts, net, terminal
+from jhansi_runtime.isolation import idmap, job, landlock, mounts, net, terminal
 from jhansi_runtime.isolation.channel import Channel, Container, Failure, Order, Outcome
 from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
@@ -52,15 +52,23 @@ class _Waiting(NamedTuple):
     report: int
 
 
+class _Built(NamedTuple):
+    """The container around init: a descriptor of its root, Landlock's ABI, a ruleset for the job if there is one."""
+
+    root: int
+    landlock: int
+    ruleset: int | None
+
+
 def _live(launcher: Channel, host_id: int | None) -> None:
     begun = _begun(launcher, host_id)
     container, channel = _await_launch(launcher)
     try:
         if isinstance(begun, StepError):
             raise begun
-        root = _build(container, begun)
-        _say_ready(root, channel)
-        outcome = _run(root, begun, channel)
+        built = _build(container, begun)
+        _say_ready(built.root, channel)
+        outcome = _run(built, begun, channel)
     except StepError as error:
         channel.send(messages.FAILED, messages.encode_failure(error.failure))
     else:
@@ -104,8 +112,8 @@ def _await_launch(launcher: Channel) -> tuple[Container, Channel]:
     return messages.decode_container(body), Channel.of(descriptors[0])
 
 
-def _build(container: Container, waiting: _Waiting) -> int:
-    """Build the container around this process and the job that waits in it; return a descriptor of its root."""
+def _build(container: Container, waiting: _Waiting) -> _Built:
+    """Build the container around this process and the job that waits in it."""
     with step("sources"):
         # Before the ids change: started by root, only root's own id may reach what lies in root's folders.
         sources = mounts.open_sources(container.tree, container.workspaces, container.binds)
@@ -125,7 +133,9 @@ def _build(container: Container, waiting: _Waiting) -> int:
     with step("pivot_root"):
         # This moves the job's root and working directory, too: it has the same ones still.
         mounts.enter_root(root)
-    return root
+    with step("landlock ruleset"):
+        ruleset = landlock.new_ruleset(root, container.landlock) if container.landlock else None
+    return _Built(root, container.landlock, ruleset)
 
 
 def _say_ready(root: int, channel: Channel) -> None:
@@ -147,18 +157,21 @@ def _fork_job(host_id: int | None) -> _Waiting:
     return _Waiting(pid, ours, report)
 
 
-def _run(root: int, waiting: _Waiting, channel: Channel) -> Outcome:
+def _run(built: _Built, waiting: _Waiting, channel: Channel) -> Outcome:
     kind, _, passed = channel.receive()
     if kind != messages.ORDER:
         raise BrokenPipeError
     order = messages.read_order(os.dup(passed[0]))
     with step("workspace"):
-        mounts.attach_workspace(root, order.workspace)
+        mounts.attach_workspace(built.root, order.workspace)
+        if built.ruleset is not None:
+            landlock.add_workspace(built.ruleset, built.root, built.landlock)
     with step("standard streams"):
         streams = _streams(order, passed[1:], channel)
     with step("children"):
         wakeup = _watch_children()
-    _start_job(waiting, [passed[0], root, *streams])
+    rulesets = [] if built.ruleset is None else [built.ruleset]
+    _start_job(waiting, [passed[0], built.root, *streams, *rulesets])
     return _supervise(waiting.pid, wakeup, channel)
 
 

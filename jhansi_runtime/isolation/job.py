@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import prctl
 
-from jhansi_runtime.isolation import caps, idmap, processors, seccomp, terminal
+from jhansi_runtime.isolation import caps, idmap, landlock, processors, seccomp, terminal
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import EXECVE, Channel, Failure, Order, encode_failure
 from jhansi_runtime.isolation.detach import detach
@@ -27,6 +27,7 @@ CONFINED = b"."
 _WORKSPACE = "/workspace"
 _STACK_BYTES = 8 << 20
 _LOCKED_BYTES = 64 << 10
+_STREAMS = 3
 
 
 def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
@@ -41,9 +42,9 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
         channel.send(messages.READY)
         kind, _, descriptors = channel.receive()
         if kind == messages.ORDER:
-            content, root, *streams = descriptors
+            content, root, *others = descriptors
             order = messages.read_order(content)
-            _confine(order, root, streams, report)
+            _confine(order, root, others[:_STREAMS], others[_STREAMS:], report)
             os.write(report, CONFINED)
             _execute(order)
     except StepError as error:
@@ -70,7 +71,7 @@ def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
         prctl.set_no_new_privs(1)
 
 
-def _confine(order: Order, root: int, streams: list[int], report: int) -> None:
+def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], report: int) -> None:
     with step("working directory"):
         _enter_workspace(root)
     with step("streams"):
@@ -82,6 +83,11 @@ def _confine(order: Order, root: int, streams: list[int], report: int) -> None:
         processors.run_on(order.processors)
     with step("limits"):
         _limit(order)
+    with step("landlock restriction"):
+        for ruleset in rulesets:
+            landlock.restrict(ruleset)
+        if order.sole_program:
+            landlock.restrict_to_program(root, order.argv[0], order.environment.get(b"PATH", os.defpath.encode()))
     # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
