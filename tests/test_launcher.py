@@ -12,6 +12,7 @@ import pytest
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import LauncherProcess
 from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import spawn
 
 
 @pytest.fixture
@@ -34,6 +35,13 @@ def sh(sandbox, script, **fields):
 def children():
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return {int(pid) for pid in file.read().split()}
+
+
+@pytest.fixture
+def open_to_us(monkeypatch):
+    """Launchers and containers do not close themselves to their user, so that one can look into them."""
+    before, after = spawn._PROGRAM.split("from ", 1)
+    monkeypatch.setattr(spawn, "_PROGRAM", f"{before}import prctl; prctl.set_dumpable = lambda _: None\nfrom {after}")
 
 
 @pytest.fixture
@@ -70,6 +78,7 @@ def test_a_thread_that_ends_takes_no_container_along(runtime, sandbox):
     assert runtime.exec(sh(sandbox, "sleep 0.2; echo alive")).stdout == "alive\n"
 
 
+@pytest.mark.usefixtures("open_to_us")
 def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
     begun_by(launcher)
     descriptors = sorted(
@@ -83,6 +92,15 @@ def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
     assert descriptors == ["/dev/null", "/dev/null", "/dev/null", "anon_inode", "socket", "socket"]
     assert os.listdir(f"/proc/{launcher}/task") == [str(launcher)]
     assert os.getsid(launcher) == launcher
+
+
+def test_it_and_what_it_has_begun_are_closed_to_every_process_of_its_user(launcher):
+    for pid in (launcher, begun_by(launcher)):
+        for name in ("environ", "maps", "mem"):
+            with pytest.raises(PermissionError):
+                pathlib.Path(f"/proc/{pid}/{name}").read_bytes()
+        with pytest.raises(PermissionError):
+            os.listdir(f"/proc/{pid}/fd")
 
 
 def test_it_ends_with_its_runtime_and_what_it_has_begun_with_it(runtime_environment, sandbox):

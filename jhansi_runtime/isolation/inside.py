@@ -92,6 +92,7 @@ def _begin(launcher: Channel, host_id: int | None) -> _Waiting:
         detach((launcher.fileno(), waiting.channel.fileno(), waiting.report))
     if launcher.receive()[0] != messages.MAPPED:
         raise BrokenPipeError
+    prctl.set_dumpable(0)  # the id map was all that the launcher had to reach it for
     with suppress(BrokenPipeError):  # it has failed already; _await_job tells how
         waiting.channel.send(messages.READY)
     with step("loopback"):
@@ -120,7 +121,7 @@ def _build(container: Container, waiting: _Waiting) -> _Built:
     with step("ids"):
         idmap.become_sandbox(container.host_id)
     with step("process"):
-        # After the ids: the kernel forgets both settings when they change.
+        # Again, after the ids: the kernel forgets both settings when they change.
         prctl.set_pdeathsig(signal.SIGKILL)
         prctl.set_dumpable(0)
     with step("user namespace limit"):

@@ -9,6 +9,8 @@ import signal
 from functools import cache
 from typing import NamedTuple
 
+import prctl
+
 from jhansi_runtime.isolation import cgroup, idmap, inside, processors
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.cgroup import Branch, Group
@@ -63,7 +65,7 @@ def begin(host_id: int | None, branch: Branch | None = None) -> Begun:
             with step("cgroup"):
                 group = cgroup.make(branch)
         with step("namespaces"):
-            pid, pidfd = clone3(NAMESPACES, group.descriptor if group else None)
+            pid, pidfd = _clone(group)
         if pid == 0:
             inside.main(theirs, host_id, command_line)
         begun = Begun(pid, pidfd, ours, host_id, group)
@@ -155,6 +157,19 @@ def _is_fit(begun: Begun, container: Container) -> bool:
     has_ended = os.waitid(os.P_PID, begun.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     has_its_cgroup = (begun.group is None) == (container.cgroup is None)
     return begun.host_id == container.host_id and has_its_cgroup and not has_ended
+
+
+def _clone(group: Group | None) -> tuple[int, int]:
+    """Clone init as a process whose id map this one may write: one that is dumpable. It sees to the rest itself."""
+    before = prctl.get_dumpable()
+    prctl.set_dumpable(1)
+    pid = -1
+    try:
+        pid, pidfd = clone3(NAMESPACES, group.descriptor if group else None)
+    finally:
+        if pid != 0:
+            prctl.set_dumpable(before)
+    return pid, pidfd
 
 
 @cache

@@ -12,6 +12,8 @@ import os
 from contextlib import suppress
 from typing import NoReturn
 
+import prctl
+
 from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.cgroup import Branch, Group
@@ -29,6 +31,7 @@ def main(*, ahead: bool = False) -> NoReturn:
     """Be a launcher, until whoever started it is gone. ahead: the first request will be to launch."""
     close_range(CONNECTION + 1)
     os.chdir("/")
+    prctl.set_dumpable(0)
     gc.disable()
     channel = Channel(_socket.socket(fileno=CONNECTION))
     launcher = _Launcher()
