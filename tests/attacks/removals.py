@@ -1,19 +1,25 @@
 """How to take a step of confinement out: by replacing a function of the product, in a process made for one attempt.
 
-Each value is called before a container is cloned. A name that the product does not have any more is an error when
-this module is loaded, so the table of test_escapes.py cannot go on to test what is no longer there.
+Each value is called before a container is cloned, and may be called after others. A name that the product does not
+have any more is an error when this module or a table is loaded, so no table can go on to test what is no longer there.
 """
 
+import contextlib
 import ctypes
 import functools
+import json
 import os
 import struct
 
 import prctl
 
+from jhansi_runtime import execution
 from jhansi_runtime.engine.slot import Slot
 from jhansi_runtime.engine.watchdog import Watchdog
-from jhansi_runtime.isolation import caps, detach, job, launch, mounts, seccomp, syscalls
+from jhansi_runtime.engine.watches import RemovedFilesWatch
+from jhansi_runtime.isolation import caps, detach, inside, job, landlock, launch, mounts, seccomp, syscalls
+from jhansi_runtime.paths import shipped
+from jhansi_runtime.profiles import compiled_for, read_profile
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -45,44 +51,82 @@ def without_in(module, imported, name):
 
 
 def without_namespace(flag):
-    return without(launch, "NAMESPACES", launch.NAMESPACES & ~flag)
+    def take_out():
+        launch.NAMESPACES &= ~flag
+
+    return take_out
+
+
+# --- mounts -----------------------------------------------------------------------------------------------------
+
+
+def with_operations(change):
+    """The mounts changed: `change` is given the genuine operations, and returns others."""
+    getattr(mounts, "operations")  # noqa: B009 - it has to be there when the table is loaded
+
+    def take_out():
+        genuine = mounts.operations
+        mounts.operations = lambda *arguments: tuple(change(genuine(*arguments)))
+
+    return take_out
 
 
 def without_operations(is_taken_out):
     """The mounts but for some."""
-    genuine = mounts.operations
-
-    def remaining(*arguments):
-        return tuple(operation for operation in genuine(*arguments) if not is_taken_out(operation))
-
-    return without(mounts, "operations", remaining)
+    return with_operations(lambda genuine: (operation for operation in genuine if not is_taken_out(operation)))
 
 
 def is_mask(operation):
     return getattr(operation, "source", None) in {mounts.EMPTY_FILE, mounts.EMPTY_DIRECTORY}
 
 
+def without_mask_of(path):
+    return without_operations(lambda operation: is_mask(operation) and operation.target == path)
+
+
 def is_read_only_proc(operation):
     return operation.target.startswith("proc/") and getattr(operation, "source", None) == operation.target
 
 
+def with_the_hosts(target, place):
+    """What the container should have of its own at `target` is the host's: the folder `place`, or that variable."""
+
+    def change(genuine):
+        own = [operation for operation in genuine if operation.target == target][-1]
+        source = os.open(os.environ.get(place, place), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        hosts = mounts.Bind(source, target, 0)
+        return [hosts if operation is own else operation for operation in genuine]
+
+    return with_operations(change)
+
+
 def without_umount_of(place):
-    genuine = mounts.umount_detach
-    return without(mounts, "umount_detach", lambda path: None if path == place else genuine(path))
+    def take_out():
+        genuine = mounts.umount_detach
+        mounts.umount_detach = lambda path: None if path == place else genuine(path)
+
+    return take_out
 
 
-def without_read_only():
-    genuine = mounts.mount_setattr
+def without_attribute(attribute):
+    """No mount of ours has it: MOUNT_ATTR_*."""
 
-    def writable(mount, attributes, **options):
-        genuine(mount, attributes & ~syscalls.MOUNT_ATTR_RDONLY, **options)
+    def take_out():
+        set_attributes, new_mount = mounts.mount_setattr, mounts.fsmount
+        mounts.mount_setattr = lambda mount, attributes, **options: set_attributes(
+            mount, attributes & ~attribute, **options
+        )
+        mounts.fsmount = lambda context, attributes: new_mount(context, attributes & ~attribute)
 
-    return without(mounts, "mount_setattr", writable)
+    return take_out
 
 
 def with_much_scratch():
     genuine = mounts.operations
     return without(mounts, "operations", lambda sources, tmp_bytes, cpus: genuine(sources, tmp_bytes * 64, cpus))
+
+
+# --- the job's own steps ----------------------------------------------------------------------------------------
 
 
 def keep_capabilities():
@@ -95,15 +139,61 @@ def keep_capabilities():
         LIBC.prctl(47, 2, ctypes.c_ulong(capability), 0, 0)  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
 
 
-def with_the_hosts_own_stdout():
-    """The job is given the host's file itself, not a pipe."""
+def with_the_hosts_own(number, opened):
+    """The job is given a file of the host's as its standard stream of that number, not a pipe."""
     genuine = Slot.start
 
     def start(slot, order, streams):
-        private = os.open(os.environ["SECRET_FILE"], os.O_WRONLY | os.O_APPEND)
-        genuine(slot, order, [streams[0], private, streams[2]])
+        genuine(slot, order, [opened() if at == number else stream for at, stream in enumerate(streams)])
 
     return without(Slot, "start", start)
+
+
+def with_profile(change):
+    """A filter made of the default profile, after `change` of what its file says."""
+
+    def take_out():
+        path = os.path.join(shipped("seccomp"), "default.json")
+        with open(path, encoding="utf-8") as file:
+            profile = json.load(file)
+        change(profile)
+        programs = compiled_for(read_profile(json.dumps(profile).encode(), "changed"), "changed").programs
+        genuine = seccomp.install
+        seccomp.install = lambda _programs: genuine(programs)
+
+    return take_out
+
+
+def without_rule_of(name, value):
+    """The filter without the refusals of a call that compare an argument with that value."""
+
+    def change(profile):
+        rules = profile["syscalls"]
+        kept = [rule for rule in rules if not (name in rule["names"] and _compares_with(rule, value))]
+        assert len(kept) < len(rules), "the profile has no such rule"
+        profile["syscalls"] = kept
+
+    return with_profile(change)
+
+
+def _compares_with(rule, value):
+    compared = (argument.get("valueTwo") for argument in rule.get("args", ()))
+    return rule["action"] == "SCMP_ACT_ERRNO" and value in compared
+
+
+def allowing(*names):
+    """The filter with these calls allowed, whatever their arguments."""
+
+    def change(profile):
+        for rule in profile["syscalls"]:
+            rule["names"] = [name for name in rule["names"] if name not in names]
+        profile["syscalls"] = [rule for rule in profile["syscalls"] if rule["names"]]
+        profile["syscalls"].append({"names": list(names), "action": "SCMP_ACT_ALLOW"})
+
+    return with_profile(change)
+
+
+# --- the host's own ---------------------------------------------------------------------------------------------
 
 
 def without_watchdog():
@@ -111,10 +201,34 @@ def without_watchdog():
     return without(Watchdog, "due_in", lambda _: 3600.0)
 
 
+def without_processes_of_its_own():
+    """The container is in the host's pid namespace, and sees the host's /proc.
+
+    init is not PID 1 then: what it sends to everybody would reach all of its user's processes, so it sends nothing,
+    and nobody counts what all processes in sight use.
+    """
+    for take_out in (
+        without_namespace(syscalls.CLONE_NEWPID),
+        with_the_hosts("proc", "/proc"),
+        without(inside, "_end_the_rest"),
+        without(inside, "_signal"),
+        without_watchdog(),
+        without(RemovedFilesWatch, "due_in", lambda _: 3600.0),
+    ):
+        take_out()
+
+
 NOT_DUMPABLE = without(prctl, "set_dumpable")
 INNER_NAMESPACE = without(job, "_leave_init_powers")
 CAPABILITIES = without(caps, "drop_all", keep_capabilities)
+LANDLOCK = without(landlock, "restrict")
 SECCOMP = without(seccomp, "install")
 SESSION = without_in(detach, "os", "setsid")
 DESCRIPTORS_OF_INIT = without(detach, "close_range")
 DESCRIPTORS_OF_JOB = without(job, "close_range")
+READ_ONLY = without_attribute(syscalls.MOUNT_ATTR_RDONLY)
+NO_LINKS = without(mounts, "_NO_LINKS", 0)
+NETWORK = without_namespace(syscalls.CLONE_NEWNET)
+IPC = without_namespace(syscalls.CLONE_NEWIPC)
+PROCESSES = without_processes_of_its_own
+TREE_HELD = without(execution, "_in_use", contextlib.nullcontext)
