@@ -214,7 +214,9 @@ def answers_of(event):
 def bounded(_context, case, _kwargs):
     """What keeps a test of random requests from waiting, and from what it cannot foresee."""
     if case.operation.label.endswith("/exec") and isinstance(case.body, dict):
-        case.body.setdefault("limits", {"timeout": LONGEST_EXEC})
+        limits = case.body.setdefault("limits", {})
+        if isinstance(limits, dict) and isinstance(limits.get("timeout", AN_HOUR), float | int):
+            limits["timeout"] = min(limits.get("timeout", LONGEST_EXEC), LONGEST_EXEC)
         if case.meta is not None and case.meta.generation.mode.is_positive and case.body.get("filename"):
             case.body["filename"] = PROGRAM
     if isinstance(case.headers.get("Idempotency-Key"), str):  # no two creates that differ have the same
