@@ -379,9 +379,13 @@ class Runtime:
             return self._perform(run, run_id, place, language, limits, named, streams)
 
     def check(self, request: ExecRequest) -> Sandbox:
-        """Raise what exec would raise before it comes to a container: no such sandbox or file, a limit out of range."""
+        """Raise what exec would raise before it comes to a container.
+
+        No such sandbox, file or profile, a limit out of range.
+        """
         sandbox = self.sandbox(request.sandbox)
         sandbox.limits.changed(request.limits)
+        self._profile(request.seccomp or sandbox.seccomp)
         with self._sandboxes.hold(sandbox.id) as workspace:
             find_program(request, workspace)
         return sandbox

@@ -133,6 +133,7 @@ def test_over_http_a_profile_is_a_name_and_never_a_file(make, api):
     for name, status in (("laxest", 404), (str(PROFILES / "default.json"), 422), ("../default", 422)):
         body = {"filename": "main.py", "seccomp": name}
         assert api.post(f"{sandbox}/exec", json=body).status_code == status
+        assert api.post(f"{sandbox}/exec", json=body | {"detach": True}).status_code == status
         assert api.post("/v1/sandboxes", json={"rootfs": "host", "seccomp": name}).status_code == status
         assert api.patch(sandbox, json={"seccomp": name}).status_code == status
     assert api.patch(sandbox, json={"seccomp": "default"}).json()["seccomp"] == "default"

@@ -17,7 +17,7 @@ from jhansi_runtime import execution
 from jhansi_runtime.engine.slot import Slot
 from jhansi_runtime.engine.watchdog import Watchdog
 from jhansi_runtime.engine.watches import RemovedFilesWatch
-from jhansi_runtime.isolation import caps, detach, inside, job, landlock, launch, mounts, seccomp, syscalls
+from jhansi_runtime.isolation import caps, detach, inside, job, landlock, launch, mounts, net, seccomp, syscalls
 from jhansi_runtime.paths import shipped
 from jhansi_runtime.profiles import compiled_for, read_profile
 
@@ -201,6 +201,12 @@ def without_watchdog():
     return without(Watchdog, "due_in", lambda _: 3600.0)
 
 
+def without_network_of_its_own():
+    """The container is in the host's network namespace, whose loopback is not its to set up."""
+    without_namespace(syscalls.CLONE_NEWNET)()
+    without(net, "loopback_up")()
+
+
 def without_processes_of_its_own():
     """The container is in the host's pid namespace, and sees the host's /proc.
 
@@ -228,7 +234,7 @@ DESCRIPTORS_OF_INIT = without(detach, "close_range")
 DESCRIPTORS_OF_JOB = without(job, "close_range")
 READ_ONLY = without_attribute(syscalls.MOUNT_ATTR_RDONLY)
 NO_LINKS = without(mounts, "_NO_LINKS", 0)
-NETWORK = without_namespace(syscalls.CLONE_NEWNET)
+NETWORK = without_network_of_its_own
 IPC = without_namespace(syscalls.CLONE_NEWIPC)
 PROCESSES = without_processes_of_its_own
 TREE_HELD = without(execution, "_in_use", contextlib.nullcontext)
