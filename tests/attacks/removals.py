@@ -22,6 +22,7 @@ from jhansi_runtime.paths import shipped
 from jhansi_runtime.profiles import compiled_for, read_profile
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+_BPF_RETURN, _SECCOMP_RET_ERRNO = 0x06, 0x00050000
 
 
 def nothing(*_arguments, **_options):
@@ -164,12 +165,34 @@ def with_profile(change):
     return take_out
 
 
+def answering_with(number):
+    """The same filter, but each call that it refuses is told that errno.
+
+    A program is instructions of eight bytes (bpf(4), linux/filter.h); one that ends it with SECCOMP_RET_ERRNO has the
+    errno in the lower half of its value.
+    """
+
+    def take_out():
+        genuine = seccomp.install
+
+        def marked(program):
+            for code, if_true, if_false, value in struct.iter_unpack("HBBI", program):
+                is_refusal = code == _BPF_RETURN and value & 0xFFFF0000 == _SECCOMP_RET_ERRNO
+                told = _SECCOMP_RET_ERRNO | number if is_refusal else value
+                yield struct.pack("HBBI", code, if_true, if_false, told)
+
+        seccomp.install = lambda programs: genuine(tuple(b"".join(marked(program)) for program in programs))
+
+    return take_out
+
+
 def without_rule_of(name, value):
     """The filter without the refusals of a call that compare an argument with that value."""
 
     def change(profile):
+        value_of_32_bits = value & 0xFFFFFFFF
         rules = profile["syscalls"]
-        kept = [rule for rule in rules if not (name in rule["names"] and _compares_with(rule, value))]
+        kept = [rule for rule in rules if not (name in rule["names"] and _compares_with(rule, value_of_32_bits))]
         assert len(kept) < len(rules), "the profile has no such rule"
         profile["syscalls"] = kept
 
@@ -177,7 +200,7 @@ def without_rule_of(name, value):
 
 
 def _compares_with(rule, value):
-    compared = (argument.get("valueTwo") for argument in rule.get("args", ()))
+    compared = (argument.get("valueTwo", argument["value"]) for argument in rule.get("args", ()))
     return rule["action"] == "SCMP_ACT_ERRNO" and value in compared
 
 
