@@ -1,8 +1,9 @@
 """Landlock: a second fence behind the mount namespace, of rules on files that the job carries with it (landlock(7)).
 
 Reading and executing is allowed beneath the root of the container, writing beneath the four places that are the job's,
-and using a device beneath /dev; nothing else, whatever is mounted where. From ABI 6 on no signal and no connection to
-an abstract socket leaves the job either. The ruleset is made by init, ahead of the order, and carried out by the job.
+and the use of devices beneath /dev and of message queues; nothing else, whatever is mounted where. From ABI 6 on no
+signal and no connection to an abstract socket leaves the job either. The ruleset is made by init, ahead of the order,
+and carried out by the job.
 
 A second ruleset can be laid over the first, which lets one program be executed and no other.
 """
@@ -13,6 +14,7 @@ import stat
 import struct
 from collections.abc import Iterator
 
+from jhansi_runtime.isolation.mounts import message_queues
 from jhansi_runtime.isolation.syscalls import (
     LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET,
     LANDLOCK_SCOPE_SIGNAL,
@@ -67,6 +69,10 @@ def new_ruleset(root: int, abi: int) -> int:
     _add(ruleset, root, "dev", (_WRITE_FILE | _IOCTL_DEV) & _all(abi))
     for place in _WRITABLE:
         _add(ruleset, root, place, _owned(abi))
+    queues = message_queues()
+    if queues is not None:
+        landlock_add_path(ruleset, queues, _owned(abi))
+        os.close(queues)
     return ruleset
 
 
