@@ -169,7 +169,8 @@ def test_a_job_that_writes_byte_by_byte_leaves_a_journal_of_about_that_size(sand
 
 def test_large_output_arrives_whole(sandbox, runs, background):
     size = 50_000_000
-    info = background.start(sh(sandbox, f"head -c {size} /dev/zero | tr '\\0' y", limits={"output": size}))
+    limits = {"output": size, "timeout": 600, "cpu_time": 600}  # an emulated machine takes a minute
+    info = background.start(sh(sandbox, f"head -c {size} /dev/zero | tr '\\0' y", limits=limits))
     ended = [None for frame in runs.follow(info.run_id) if frame.data.strip(b"y")]
 
     assert ended == []

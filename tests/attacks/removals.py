@@ -122,6 +122,13 @@ def without_attribute(attribute):
     return take_out
 
 
+def without_refusal_of_links():
+    """Links in the root tree are followed. Landlock's rules, of the same paths and as strict, are out as well."""
+    without(mounts, "_NO_LINKS", 0)()
+    without(landlock, "_add")()
+    without(landlock, "restrict")()
+
+
 def with_much_scratch():
     genuine = mounts.operations
     return without(mounts, "operations", lambda sources, tmp_bytes, cpus: genuine(sources, tmp_bytes * 64, cpus))
@@ -230,6 +237,12 @@ def without_network_of_its_own():
     without(net, "loopback_up")()
 
 
+def without_ipc_of_its_own():
+    """The container is in the host's IPC namespace, of whose message queues init can make no rule for Landlock."""
+    without_namespace(syscalls.CLONE_NEWIPC)()
+    without(landlock, "message_queues")()
+
+
 def without_processes_of_its_own():
     """The container is in the host's pid namespace, and sees the host's /proc.
 
@@ -256,8 +269,9 @@ SESSION = without_in(detach, "os", "setsid")
 DESCRIPTORS_OF_INIT = without(detach, "close_range")
 DESCRIPTORS_OF_JOB = without(job, "close_range")
 READ_ONLY = without_attribute(syscalls.MOUNT_ATTR_RDONLY)
-NO_LINKS = without(mounts, "_NO_LINKS", 0)
+LINKS_REFUSED_BY_MOUNTS = without(mounts, "_NO_LINKS", 0)
+LINKS_REFUSED = without_refusal_of_links
 NETWORK = without_network_of_its_own
-IPC = without_namespace(syscalls.CLONE_NEWIPC)
+IPC = without_ipc_of_its_own
 PROCESSES = without_processes_of_its_own
 TREE_HELD = without(execution, "_in_use", contextlib.nullcontext)
