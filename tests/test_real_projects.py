@@ -95,7 +95,7 @@ def test_its_own_tests_come_to_the_same_in_a_sandbox_and_the_next_exec_finds_the
     box = jhansi("create", "--rootfs", rootfs).stdout.strip()
     assert jhansi("put", box, *tmp_path.iterdir()).returncode == 0
     variables = [f"--env={name}={value}" for name, value in NO_PLUGINS.items()]
-    limits = ["--timeout=120", "--cpu-time=120", "--memory=2G"]  # sortedcontainers' examples take 1.2G
+    limits = ["--timeout=1800", "--cpu-time=1800", "--memory=2G"]  # sortedcontainers' examples take 1.2G
 
     first = jhansi("exec", *limits, *variables, box, "run_tests.py", project, *PYTEST_OPTIONS[project])
     assert first.returncode == 0, first.stdout + first.stderr
