@@ -38,7 +38,8 @@ STEPS = (
     *("fork", "detach from the launcher", "loopback", "hostname"),  # inside.py, before it is known what to build
     *("sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
     *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
-    *("pivot_root", "landlock ruleset", "workspace", "standard streams", "children"),  # inside.py
+    *("pivot_root", "landlock ruleset", "descriptors for the host"),  # inside.py
+    *("workspace", "standard streams", "children"),
     *("working directory", "streams", "processors", "limits"),  # job.py
     *("landlock restriction", "descriptors", "seccomp", "execve"),
 )

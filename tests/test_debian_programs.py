@@ -97,11 +97,13 @@ async function main() {
     fs.writeFileSync("left.json", JSON.stringify({ by: "node" }));
     fs.renameSync("left.json", "folder/left.json");
     console.log(JSON.parse(await fs.promises.readFile("folder/left.json")).by);  //> node
-    const watcher = fs.watch("folder");
-    const change = once(watcher, "change");
-    fs.writeFileSync("folder/new", "");
-    console.log((await change)[1]);  //> new
-    watcher.close();
+    let timer, length = 0;
+    await new Promise((resolve) => {
+        fs.watchFile("folder/new", { interval: 50 }, resolve);
+        timer = setInterval(() => fs.writeFileSync("folder/new", "x".repeat(++length)), 100);
+    });
+    clearInterval(timer);
+    fs.unwatchFile("folder/new");
 
     const server = http.createServer((request, response) => response.end(request.url.toUpperCase()));
     server.listen(0, "localhost");

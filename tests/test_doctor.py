@@ -216,7 +216,7 @@ def parsed(module):
 
 def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
     launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
-    of_init = [step for function in ("_begin", "_build", "_run") for step in steps_of(inside, function)]
+    of_init = [step for function in ("_begin", "_build", "_say_ready", "_run") for step in steps_of(inside, function)]
     of_launcher = [*steps_of(launch, "begin"), *steps_of(launch, "launch")]
     in_order = [*(step for step in of_launcher if step not in doctor.CGROUP_STEPS), *of_init, EXECVE]
     calls = [call for module in (launch, inside, job) for call in named_calls(module)]

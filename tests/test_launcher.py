@@ -118,13 +118,16 @@ def test_it_ends_with_its_runtime_and_what_it_has_begun_with_it(runtime_environm
 def test_the_next_exec_takes_the_container_that_was_begun_ahead(runtime, sandbox, launcher):
     begun = begun_by(launcher)
     (job,) = descendants(begun)
-    under_way = threading.Thread(target=runtime.exec, args=(sh(sandbox, "sleep 0.5; true"),))
+    under_way = threading.Thread(target=runtime.exec, args=(sh(sandbox, "while [ ! -e seen ]; do sleep 0.1; done"),))
     under_way.start()
-    time.sleep(0.3)
-    name = pathlib.Path(f"/proc/{job}/comm").read_text()
+    deadline = time.monotonic() + 20
+    while pathlib.Path(f"/proc/{job}/comm").read_text() != "sh\n" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    is_the_program = pathlib.Path(f"/proc/{job}/comm").read_text() == "sh\n"
+    runtime.write(sandbox, "seen", b"")
     under_way.join()
 
-    assert name == "sh\n"
+    assert is_the_program
     assert begun_by(launcher) != begun
 
 

@@ -114,7 +114,8 @@ class Slot:
     def kill(self) -> None:
         """End every process of the container. By pidfd: a pid could by now be someone else's."""
         if self._is_launched():
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended with its launcher, and somebody else has reaped it
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> Reaped:
         """Kill what is left, wait until the kernel has taken the container down, and return what it used.

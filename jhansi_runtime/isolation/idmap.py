@@ -9,6 +9,7 @@ import os
 __all__ = [
     "HOST_ID_FOR_ROOT",
     "SANDBOX_ID",
+    "allow_no_namespace",
     "allow_one_more_namespace",
     "become_sandbox",
     "host_id_by_default",
@@ -51,6 +52,11 @@ def allow_one_more_namespace() -> None:
     The file is per user namespace and speaks of the reader's own (namespaces(7), /proc/sys/user).
     """
     _write("/proc/sys/user/max_user_namespaces", "1")
+
+
+def allow_no_namespace() -> None:
+    """Let no user namespace be made inside this one, the job's own."""
+    _write("/proc/sys/user/max_user_namespaces", "0")
 
 
 def map_self() -> None:

@@ -140,7 +140,8 @@ def _build(container: Container, waiting: _Waiting) -> _Built:
 
 
 def _say_ready(root: int, channel: Channel) -> None:
-    descriptors = mounts.open_for_host(root)
+    with step("descriptors for the host"):
+        descriptors = mounts.open_for_host(root)
     channel.send(messages.READY, descriptors=descriptors)
     for descriptor in descriptors:
         os.close(descriptor)

@@ -53,6 +53,7 @@ EMPTY_DIRECTORY = ".jhansi/empty-directory"
 HIDDEN_WORKSPACES = ".jhansi/workspaces"
 
 _PAGE = 4096
+_TERMINALS = 64
 _RDONLY, _NOSUID, _NODEV, _NOEXEC = MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC
 
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
@@ -67,6 +68,7 @@ _DEVICE_LINKS = {
 # What /proc tells anyone of the whole machine. A kernel may lack some of these, and then needs no mask for it. What
 # only root may open (kcore, kmsg, slabinfo, sysrq-trigger ...) belongs to an id that no map here holds.
 _PROC_MASKED_FILES = (
+    "cmdline",
     "config.gz",
     "kallsyms",
     "key-users",
@@ -197,8 +199,16 @@ def operations(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) ->
             files=tuple((name, b"") for name in _DEVICES),
             links=tuple(_DEVICE_LINKS.items()),
         ),
-        *(Bind(source, f"dev/{name}", 0) for source, name in sources.devices),
-        Filesystem("devpts", "dev/pts", _NOSUID | _NOEXEC, options=(("ptmxmode", "666"), ("mode", "620"))),
+        # They are the host's own: read-only, so that their times and modes stay the host's. Writing to a device is not
+        # writing to where its node lies.
+        *(Bind(source, f"dev/{name}", _RDONLY | _NOSUID | _NOEXEC) for source, name in sources.devices),
+        Filesystem(
+            "devpts",
+            "dev/pts",
+            _NOSUID | _NOEXEC,
+            # Of kernel.pty.max, some 4,000 for the machine, which a job could otherwise take for itself.
+            options=(("ptmxmode", "666"), ("mode", "620"), ("max", str(_TERMINALS))),
+        ),
         # One filesystem under three names, so that one size bounds them together. The last cover hides the first, and
         # with it what else is in it: files of ours, for /proc.
         Filesystem(

@@ -118,6 +118,7 @@ CALLS_HERE = [
 ]
 
 MASKED_FILES = [
+    "cmdline",
     "config.gz",
     "kallsyms",
     "kcore",
@@ -144,7 +145,7 @@ DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "ur
 
 INERT = {"ro", "nosuid", "nodev", "noexec"}
 # What is mounted where: the type of its filesystem (None: the host's, whatever that is) and its flags. Beside these
-# there are the devices, whose mounts hold one node each and need none, and the masks, which are inert.
+# there are the devices, which are inert but for what they are, and the masks.
 MOUNTS = {
     "/": (None, {"ro", "nosuid", "nodev"}),
     "/proc": ("proc", {"rw", "nosuid", "nodev", "noexec"}),
@@ -286,6 +287,7 @@ def test_every_mount_has_its_flags(facts):
     for mount in facts["mounts"]:
         place, options, kind = mount[4], set(mount[5].split(",")), mount[mount.index("-") + 1]
         if place.removeprefix("/dev/") in DEVICES:
+            assert options & FLAGS == INERT - {"nodev"}, mount
             continue
         wanted_kind, wanted = MOUNTS.get(place, (None, {"ro", "nosuid", "nodev"} if place in LENT else INERT))
         assert options & FLAGS == wanted, mount
@@ -417,7 +419,7 @@ def test_signals_have_their_default_actions_and_none_is_blocked(jhansi, rootfs):
 
 def test_the_limits_are_those_that_were_asked_for(facts):
     limits = facts["limits"]
-    assert limits["core"] == [0, 0]
+    assert limits["core"] == [1, 1]
     assert limits["cpu"] == [30, 31]
     assert limits["fsize"] == [256 << 20] * 2
     assert limits["nofile"][0] == limits["nofile"][1] <= 1024
