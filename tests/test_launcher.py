@@ -10,7 +10,7 @@ import time
 import pytest
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
-from jhansi_runtime.engine import LauncherProcess
+from jhansi_runtime.engine import InProcess, LauncherProcess
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import spawn
 
@@ -96,6 +96,9 @@ def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
 
 def test_it_and_what_it_has_begun_are_closed_to_every_process_of_its_user(launcher):
     for pid in (launcher, begun_by(launcher)):
+        deadline = time.monotonic() + 20  # init is open until the launcher has written its id map
+        while os.access(f"/proc/{pid}/fd", os.R_OK) and time.monotonic() < deadline:
+            time.sleep(0.01)
         for name in ("environ", "maps", "mem"):
             with pytest.raises(PermissionError):
                 pathlib.Path(f"/proc/{pid}/{name}").read_bytes()
@@ -182,6 +185,21 @@ def test_a_runtime_killed_ends_its_launcher_and_every_job(runtime_environment, s
     assert not any(map(is_running, family))
     with Runtime(Paths.from_environment(runtime_environment)):
         pass  # the next start settles what it left
+
+
+def test_a_process_with_threads_builds_no_container_itself(runtime_environment, sandbox):
+    end = threading.Event()
+    another = threading.Thread(target=end.wait)
+    another.start()
+    try:
+        with (
+            Runtime(Paths.from_environment(runtime_environment), launcher=InProcess()) as other,
+            pytest.raises(HostError, match=r"this process has \d threads, and a container is cloned from one alone"),
+        ):
+            other.exec(sh(sandbox, "true"))
+    finally:
+        end.set()
+        another.join()
 
 
 def begun_by(launcher):
