@@ -94,12 +94,18 @@ for _ in range(200):
     os.wait()
 print("still here")
 """
-# Orphans by the thousand: each grandchild is init's to reap.
+# Orphans by the thousand: each grandchild is init's to reap, which may take longer than it took to make it.
 ORPHANS = """
+def fork():
+    while True:
+        try:
+            return os.fork()
+        except BlockingIOError:
+            time.sleep(0.001)
 for _ in range(1500):
-    child = os.fork()
+    child = fork()
     if child == 0:
-        if os.fork() == 0:
+        if fork() == 0:
             os._exit(0)
         os._exit(0)
     os.waitpid(child, 0)
