@@ -386,9 +386,13 @@ def _parse_head(text: bytes) -> _Head | None:
     """Return what a head file says, or None when it is empty or not whole."""
     try:
         fields = json.loads(text)
-        return _Head(Mark(*fields.pop("last")), Mark(*fields.pop("flushed")), **fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        head = _Head(Mark(*fields.pop("last")), Mark(*fields.pop("flushed")), **fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    numbers = (head.last.seq, head.last.end, head.flushed.seq, head.flushed.end, head.cut, head.lost)
+    texts = (head.last.hash, head.flushed.hash, head.boot)
+    is_sound = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    return head if is_sound and all(isinstance(text, str) for text in texts) else None
 
 
 def _now() -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "open_directory",
     "open_path",
     "publish",
+    "refuse_long_names",
     "remove",
     "reopen",
     "replacing",
@@ -47,6 +48,7 @@ __all__ = [
 Kind = Literal["file", "directory", "link", "fifo", "socket", "device"]
 
 CHUNK = 1024 * 1024
+_NAME_MAX = 255
 DEEPEST = 4095 - 256  # bytes of a folder's path: with one more name it is still a path (PATH_MAX, NAME_MAX)
 PASSES = 16  # over a folder that a job fills while it is being removed
 
@@ -234,6 +236,12 @@ def _names(folder: int, prefix: str, room: int) -> list[str]:
 
 
 # --- making -----------------------------------------------------------------------------------------------
+
+
+def refuse_long_names(path: str) -> None:
+    """Raise ENAMETOOLONG for a path with a name that no file can have, before anything is made on the way."""
+    if any(len(os.fsencode(name)) > _NAME_MAX for name in path.split("/")):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
 
 
 def make_directories(top: int, path: str, owner: int | None) -> int:

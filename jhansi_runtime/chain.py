@@ -15,6 +15,7 @@ from jhansi_runtime.errors import InvalidRequestError
 __all__ = ["Mark", "Verification", "Witness", "check", "last_chained", "parse_anchor", "seal"]
 
 _NO_HASH = "0" * 64  # the prev of the first record
+_MOST_DIGITS = 19  # of the number of a record
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _in_order = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -98,7 +99,7 @@ def check(lines: Iterable[bytes], witnesses: Sequence[Witness]) -> Verification:
 def parse_anchor(anchor: str) -> Mark:
     """Read "SEQ:HASH"; the offset is not known."""
     seq, _, digest = anchor.partition(":")
-    if not (seq.isascii() and seq.isdecimal()) or len(digest) != len(_NO_HASH):
+    if not (seq.isascii() and seq.isdecimal() and len(seq) <= _MOST_DIGITS) or len(digest) != len(_NO_HASH):
         remedy = "give SEQ:HASH as `jhansi-run audit export --anchor` prints it"
         raise InvalidRequestError(f"not an anchor: {anchor!r}", remedy=remedy)
     return Mark(int(seq), digest.lower())

@@ -270,7 +270,7 @@ class RootfsStore:
         try:
             with open(path, "rb") as file:
                 return from_builtins(tomllib.load(file), Recipe, where=path)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RootfsError(f"{path}: {error}") from None
 
     def _no_recipe(self, language: str) -> NotFoundError:

@@ -17,6 +17,6 @@ def load(path: str) -> Settings:
     with file:
         try:
             content = tomllib.load(file)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequestError(f"{path} is not TOML: {error}", remedy="mend the file, or remove it") from error
     return from_builtins(content, Settings, where=path)

@@ -100,7 +100,8 @@ ProfileName = Annotated[
     str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,99}\Z", description="the name of a seccomp profile")
 ]
 Word = Annotated[int, Meta(ge=0)]  # of 64 bits, which is more than msgspec has bounds for
-Errno = Annotated[int, Meta(ge=1, le=4095)]
+Errno = Annotated[int, Meta(ge=1, le=4094)]  # libseccomp takes one less than the kernel has
+SystemCall = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,64}\Z")]
 Variable = Annotated[str, Meta(extra_json_schema={"pattern": r"^[^=\u0000]+$"})]
 
 
@@ -358,7 +359,7 @@ class SeccompArgument(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class SeccompRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What becomes of the calls of these names whose arguments all match; of several rules the refusal wins."""
 
-    names: Annotated[list[str], Meta(min_length=1)]
+    names: Annotated[list[SystemCall], Meta(min_length=1)]
     action: Literal["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"]
     errnoRet: Errno = 1  # noqa: N815 - likewise
     args: Annotated[list[SeccompArgument], Meta(max_length=6)] = []
@@ -463,6 +464,8 @@ def from_builtins(value: object, record: type[_Record], *, where: str) -> _Recor
         return msgspec.convert(value, record, strict=True)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"{where}: {error}") from None
+    except UnicodeEncodeError:  # a name of a field that JSON can write, and no text can hold
+        raise InvalidRequestError(f"{where}: it holds half of a surrogate pair, which is no character") from None
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
@@ -488,6 +491,7 @@ def instant(seconds: float) -> str:
     seconds count from the epoch. A time that RFC 3339 cannot write (a job may set any on its files) becomes the
     nearest one that it can.
     """
-    whole, fraction = divmod(round(seconds * 1_000_000), 1_000_000)
-    year, month, day, hour, minute, second = time.gmtime(min(max(whole, _FIRST_INSTANT), _LAST_INSTANT))[:6]
+    microseconds = min(max(round(seconds * 1_000_000), _FIRST_INSTANT * 1_000_000), _LAST_INSTANT * 1_000_000 + 999_999)
+    whole, fraction = divmod(microseconds, 1_000_000)
+    year, month, day, hour, minute, second = time.gmtime(whole)[:6]
     return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{fraction:06}Z"

@@ -222,6 +222,7 @@ class Workspace:
         """Within: a file that is made piece by piece, as `write` does; left before it is published, it is gone."""
         inside, wanted = _relative(path), _Wanted(if_match, if_none_match)
         with explained(path):
+            beneath.refuse_long_names(inside)
             self._replaceable(inside, wanted)
             self._set_aside(inside, 0)
             with (

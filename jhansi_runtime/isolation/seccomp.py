@@ -127,6 +127,9 @@ def _add(  # the library has no types
         return
     if any(number >> 64 for argument in arguments for number in (argument.value, argument.second)):
         raise ValueError(f"a rule of {name!r} compares with a number of more than 64 bits")
+    if any(argument.operation == "MASKED_EQ" and argument.second & ~argument.value for argument in arguments):
+        # libseccomp would compare what is left of it under the mask: an `allow` that can never be would be one always.
+        raise ValueError(f"a rule of {name!r} compares a masked argument with what is outside of the mask")
     comparisons = [
         pyseccomp.Arg(argument.position, getattr(pyseccomp, argument.operation), argument.value, argument.second)
         for argument in arguments
