@@ -14,13 +14,15 @@ import stat
 import struct
 from collections.abc import Iterator
 
-from jhansi_runtime.isolation.mounts import message_queues
 from jhansi_runtime.isolation.syscalls import (
     LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET,
     LANDLOCK_SCOPE_SIGNAL,
     RESOLVE_IN_ROOT,
     RESOLVE_NO_MAGICLINKS,
     RESOLVE_NO_SYMLINKS,
+    fsconfig_create,
+    fsmount,
+    fsopen,
     landlock_abi,
     landlock_add_path,
     landlock_create_ruleset,
@@ -69,7 +71,7 @@ def new_ruleset(root: int, abi: int) -> int:
     _add(ruleset, root, "dev", (_WRITE_FILE | _IOCTL_DEV) & _all(abi))
     for place in _WRITABLE:
         _add(ruleset, root, place, _owned(abi))
-    queues = message_queues()
+    queues = _message_queues()
     if queues is not None:
         landlock_add_path(ruleset, queues, _owned(abi))
         os.close(queues)
@@ -119,6 +121,24 @@ def _add(ruleset: int, root: int, place: str, rights: int) -> None:
         landlock_add_path(ruleset, descriptor, rights)
     finally:
         os.close(descriptor)
+
+
+def _message_queues() -> int | None:
+    """Return a descriptor of the POSIX message queues of this IPC namespace, None for a kernel without any.
+
+    mq_open(2) finds them there, in a filesystem that need not be mounted anywhere (mq_overview(7)).
+    """
+    try:
+        context = fsopen(b"mqueue")
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    try:
+        fsconfig_create(context)
+        return fsmount(context, 0)
+    finally:
+        os.close(context)
 
 
 # --- one program --------------------------------------------------------------------------------------------------

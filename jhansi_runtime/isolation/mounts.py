@@ -40,7 +40,6 @@ __all__ = [
     "attach_workspace",
     "build_root",
     "enter_root",
-    "message_queues",
     "open_for_host",
     "open_sources",
     "operations",
@@ -241,24 +240,6 @@ def build_root(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) ->
 def open_for_host(root: int) -> tuple[int, int]:
     """Return descriptors of what the host may ask for what a job uses: what holds /tmp, HOME and /dev/shm; /proc."""
     return _within(root, "tmp"), openat2(root, "proc", os.O_RDONLY | os.O_DIRECTORY, resolve=_NO_LINKS)
-
-
-def message_queues() -> int | None:
-    """Return a descriptor of the POSIX message queues of this IPC namespace, None for a kernel without any.
-
-    mq_open(2) finds them there, in a filesystem that need not be mounted anywhere (mq_overview(7)).
-    """
-    try:
-        context = fsopen(b"mqueue")
-    except OSError as error:
-        if error.errno == errno.ENODEV:
-            return None
-        raise
-    try:
-        fsconfig_create(context)
-        return fsmount(context, 0)
-    finally:
-        os.close(context)
 
 
 def enter_root(root: int) -> None:

@@ -240,7 +240,7 @@ def without_network_of_its_own():
 def without_ipc_of_its_own():
     """The container is in the host's IPC namespace, of whose message queues init can make no rule for Landlock."""
     without_namespace(syscalls.CLONE_NEWIPC)()
-    without(landlock, "message_queues")()
+    without(landlock, "_message_queues")()
 
 
 def without_processes_of_its_own():
