@@ -270,7 +270,7 @@ class RootfsStore:
         try:
             with open(path, "rb") as file:
                 return from_builtins(tomllib.load(file), Recipe, where=path)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # TOML's, Unicode's, or that of an endless number
             raise RootfsError(f"{path}: {error}") from None
 
     def _no_recipe(self, language: str) -> NotFoundError:

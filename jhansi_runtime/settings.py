@@ -12,11 +12,13 @@ def load(path: str) -> Settings:
         file = open(path, "rb")  # noqa: SIM115 - closed by the statement below, which must not catch what opening raises
     except FileNotFoundError:
         return Settings()
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}", remedy="see JHANSI_CONFIG") from None
     import tomllib  # noqa: PLC0415 - 20 ms, and most installations have no settings file
 
     with file:
         try:
             content = tomllib.load(file)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # TOML's, Unicode's, or that of an endless number
             raise InvalidRequestError(f"{path} is not TOML: {error}", remedy="mend the file, or remove it") from error
     return from_builtins(content, Settings, where=path)
