@@ -5,6 +5,7 @@ know users and not namespaces. CVE-2016-9962, CVE-2019-5736: what the runtime ha
 had descriptors and a program of the host's.
 """
 
+import os
 from contextlib import contextmanager
 
 import prctl
@@ -13,6 +14,7 @@ import pytest
 from attempts import (
     SCOPED,
     Attempts,
+    Need,
     Refusal,
     Row,
     attempt,
@@ -35,6 +37,10 @@ from removals import (
 
 from jhansi_runtime.isolation import signals
 
+ADVISED = Need(
+    "an older kernel asks a capability of who advises",
+    lambda: tuple(map(int, os.uname().release.split(".")[:2])) > (6, 11),
+)
 HOSTS = 'PID = int(E["PROCESS"])\n'
 PEEK = """
 child = os.fork()
@@ -157,7 +163,7 @@ for _ in range(50):
         }.items()
     ),
     Row("seccomp keeps the job from tracing its own child", (SECCOMP,), PEEK),
-    Row("the memory of processes is not advised on", (SECCOMP,), ADVISE),
+    Row("the memory of processes is not advised on", (SECCOMP,), ADVISE, needs=(ADVISED,)),
     Row(
         "seccomp keeps the limits of init out of reach",
         (SECCOMP,),
