@@ -29,6 +29,7 @@ _LENGTH_BYTES = 4
 _FORMAT = 2  # of a cache file; what a name says of the text that it was compiled from, a digest of both can tell
 _MOST_BYTES = 1 << 20
 _REFUSE = "SCMP_ACT_ERRNO"
+_ADDED = "sha256-"  # how the names begin of those that were added
 
 
 class Profile(NamedTuple):
@@ -72,28 +73,32 @@ class ProfileStore:
         InvalidRequestError says what is wrong with it, NotFoundError that it is not there.
         """
         text = _text_of(path)
-        name = _name_of(text)
-        self._compiled(path, text)
+        digest = sha256(text).hexdigest()
+        self._compiled(path, text, digest)
+        name = f"{_ADDED}{digest}"
         kept = os.path.join(self._added, f"{name}.json")
-        if not os.path.exists(kept):
-            _write_whole(kept, text)
+        with suppress(FileNotFoundError), open(kept, "rb") as file:
+            if file.read() == text:
+                return name
+        _write_whole(kept, text)
         return name
 
     def _load(self, name: str, path: str) -> Profile:
         with open(path, "rb") as file:
             text = file.read()
-        if path.startswith(self._added) and name != _name_of(text):
+        digest = sha256(text).hexdigest()
+        if name.startswith(_ADDED) and name != f"{_ADDED}{digest}":
             raise HostError(
-                f"the seccomp profile {name!r} is not what it was", remedy=f"remove {path}, and add it again"
+                f"the seccomp profile {name!r} is not what it was", remedy="add it again, with --seccomp FILE"
             )
         try:
-            compiled = self._compiled(name, text)
+            compiled = self._compiled(name, text, digest)
         except InvalidRequestError as error:  # whoever asks for it by its name cannot help that
             raise HostError(f"{path} cannot be used: {error.message}") from error
-        return Profile(name, f"sha256:{sha256(text).hexdigest()}", compiled)
+        return Profile(name, f"sha256:{digest}", compiled)
 
-    def _compiled(self, name: str, text: bytes) -> Compiled:
-        key = f"seccomp-{sha256(text).hexdigest()}.{os.uname().machine}.{_FORMAT}"
+    def _compiled(self, name: str, text: bytes, digest: str) -> Compiled:
+        key = f"seccomp-{digest}.{os.uname().machine}.{_FORMAT}"
         path = os.path.join(self._cache, f"{key}.bpf")
         compiled = _read(path, key)
         if compiled is None:
@@ -130,10 +135,6 @@ def _rules(profile: SeccompProfile) -> Iterator[Rule]:
         )
         refused_with = entry.errnoRet if entry.action == _REFUSE else None
         yield Rule(tuple(entry.names), refused_with, arguments)
-
-
-def _name_of(text: bytes) -> str:
-    return f"sha256-{sha256(text).hexdigest()}"
 
 
 def _text_of(path: str) -> bytes:

@@ -468,7 +468,8 @@ class Runtime:
         request: ExecRequest,
         streams: Streams | None,
     ) -> ExecResult:
-        found = find_program(request, place.files)  # before the rootfs, which may take a minute to build
+        # Before the rootfs, which may take a minute to build.
+        found, profile = find_program(request, place.files), self._profile(request.seccomp or DEFAULT)
         rootfs = self._open_rootfs(language, request.rootfs or "recipe")
         if self._required & {"all", "cgroup"}:
             limits = structs.replace(limits, require_cgroup=True)
@@ -479,7 +480,7 @@ class Runtime:
                 actor=self._actor,
                 place=place,
                 rootfs=rootfs,
-                profile=self._profile(request.seccomp or DEFAULT),
+                profile=profile,
                 landlock=self._landlock,
                 limits=limits,
                 request=request,
