@@ -207,6 +207,7 @@ def _run_true(container: Container, filters: tuple[bytes, ...], launcher: Launch
         processors=container.processors,
         filters=filters,
         sole_program=False,
+        as_main=False,
     )
     with Slot(container, launcher) as slot:
         bounds = Bounds(limits.timeout, limits.cpu_time, limits.output, limits.memory, limits.disk, limits.cpus)

@@ -18,10 +18,10 @@ from msgspec import structs
 
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.disk import allowed, ended_message
-from jhansi_runtime.engine import Bounds, Ended, Launcher, Slot, Streams, execute
+from jhansi_runtime.engine import Bounds, Ended, Slot, Slots, Streams, Wanted, execute
 from jhansi_runtime.errors import HostError, InvalidRequestError, JhansiError, NotExecutableError, ProgramMissingError
 from jhansi_runtime.isolation import cgroup
-from jhansi_runtime.isolation.channel import Container, Failure, Order
+from jhansi_runtime.isolation.channel import PLACEHOLDER, Failure, Order, Zygote
 from jhansi_runtime.places import Place
 from jhansi_runtime.profiles import Profile
 from jhansi_runtime.quantities import size_text
@@ -35,14 +35,16 @@ __all__ = ["Exec", "find_program", "perform"]
 _WORKSPACE = "/workspace"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _PATH, "HOME": "/home/sandbox", "LANG": "C.UTF-8"}
+# What an interpreter goes by as it starts, and a zygote's has started already.
+_OF_THE_START = ("PYTHON", "LANGUAGE", "LC_", "TZ", "LD_", "MALLOC_", "GLIBC_", "OPENBLAS_", "OMP_", "MKL_")
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
 class Exec(NamedTuple):
     """One exec, with everything decided: what, where, in what, within what, for whom, under which id.
 
-    found is the file of the workspace to run, None when the request names a program of the rootfs; processors are the
-    CPUs it may use; landlock is the ABI, 0 for none.
+    found is the file of the workspace to run, None when the request names a program of the rootfs; landlock is the ABI,
+    0 for none; preload names what a zygote for it imports ahead, None where it is to have no zygote.
     """
 
     run: Run
@@ -55,13 +57,16 @@ class Exec(NamedTuple):
     limits: Limits
     request: ExecRequest
     found: Program | None
-    processors: tuple[int, ...]
+    preload: tuple[str, ...] | None
 
 
 class _Program(NamedTuple):
+    """What to execute. by_recipe: argv is the recipe's, with the path of the file in it."""
+
     argv: list[str]
     file: str | None
     sha256: str | None
+    by_recipe: bool = False
 
 
 def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
@@ -74,8 +79,8 @@ def find_program(request: ExecRequest, workspace: Workspace) -> Program | None:
     return None if request.filename is None else workspace.open_program(request.filename)
 
 
-def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -> ExecResult:
-    """Run one exec in a container that the launcher builds, and return its result.
+def perform(this: Exec, slots: Slots, audit: AuditLog, streams: Streams) -> ExecResult:
+    """Run one exec in a slot of those, and return its result.
 
     ProgramMissingError and NotExecutableError say that there was nothing to run, DiskLimitError that the workspace is
     full already, HostError that the job could not be confined; in each case nothing was run, and if the start was
@@ -85,9 +90,9 @@ def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -
     program = _program(this)
     room = this.place.files.room
     assert room is not None  # noqa: S101 - a place is a workspace that is held to be changed
-    container = _container(this, launcher)
-    with _in_use(this.rootfs), Slot(container, launcher) as slot:
-        order = _order(this, program, environment, in_cgroup=container.cgroup is not None)
+    _require_cgroup(this, slots)
+    with _in_use(this.rootfs) as identity, slots.taken(_wanted(this, program, environment, identity)) as slot:
+        order = _order(this, program, environment, slot)
         room.require()
         started_at = _record_start(this, audit, program)
         ended = None
@@ -117,24 +122,49 @@ def perform(this: Exec, launcher: Launcher, audit: AuditLog, streams: Streams) -
     return result
 
 
-def _container(this: Exec, launcher: Launcher) -> Container:
-    """Return what to build. HostError when the limits are to be control groups' to enforce, and there are none."""
-    limits, delegation = this.limits, launcher.delegation()
-    if delegation.base is None and limits.require_cgroup:
-        raise HostError(f"the limits cannot be enforced by cgroups: {delegation.detail}", remedy=delegation.remedy)
-    return Container(
+def _require_cgroup(this: Exec, slots: Slots) -> None:
+    """HostError when the limits are to be control groups' to enforce, and there are none."""
+    if this.limits.require_cgroup:
+        delegation = slots.delegation()
+        if delegation.base is None:
+            raise HostError(f"the limits cannot be enforced by cgroups: {delegation.detail}", remedy=delegation.remedy)
+
+
+def _wanted(this: Exec, program: _Program, environment: dict[str, str], identity: tuple[int, int]) -> Wanted:
+    limits = this.limits
+    return Wanted(
         tree=this.rootfs.tree,
+        identity=identity,
         binds=this.rootfs.binds,
         workspaces=this.place.workspaces,
         tmp_bytes=limits.tmp,
         host_id=this.place.host_id,
-        processors=this.processors,
         landlock=this.landlock,
-        cgroup=None if delegation.base is None else cgroup.Limits(limits.memory, limits.pids, limits.cpus),
+        cpus=limits.cpus,
+        limits=cgroup.Limits(limits.memory, limits.pids, limits.cpus),
+        zygote=_zygote(this, program, environment),
     )
 
 
-def _order(this: Exec, program: _Program, environment: dict[str, str], *, in_cgroup: bool) -> Order:
+def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygote | None:
+    """Return the zygote whose slots can run it, None where it takes an interpreter of its own."""
+    recipe = this.rootfs.recipe
+    if not program.by_recipe or not recipe.zygote or not this.rootfs.is_trusted or this.preload is None:
+        return None
+    if any(name.startswith(_OF_THE_START) for name in environment) or not _ENVIRONMENT.items() <= environment.items():
+        return None
+    return Zygote(
+        tree=this.rootfs.tree,
+        binds=this.rootfs.binds,
+        workspaces=this.place.workspaces,
+        host_id=this.place.host_id,
+        argv=tuple(PLACEHOLDER if word == "{file}" else word for word in recipe.run),
+        environment=tuple(_ENVIRONMENT.items()),
+        preload=this.preload,
+    )
+
+
+def _order(this: Exec, program: _Program, environment: dict[str, str], slot: Slot) -> Order:
     return Order(
         workspace=this.place.workspace,
         argv=[os.fsencode(word) for word in program.argv],
@@ -144,10 +174,11 @@ def _order(this: Exec, program: _Program, environment: dict[str, str], *, in_cgr
         cpu_seconds=math.ceil(this.limits.cpu_time),
         file_bytes=this.limits.file_size,
         open_files=this.limits.nofile,
-        processes=this.limits.pids + in_cgroup,  # the cgroup refuses first, and counts how often
-        processors=this.processors,
+        processes=this.limits.pids + (slot.container.cgroup is not None),  # it refuses first, and counts how often
+        processors=slot.container.processors,
         filters=this.profile.compiled.programs,
         sole_program=this.profile.compiled.sole_program,
+        as_main=slot.has_interpreter and program.by_recipe,
     )
 
 
@@ -156,12 +187,13 @@ def _bounds(limits: Limits) -> Bounds:
 
 
 @contextmanager
-def _in_use(rootfs: Rootfs) -> Iterator[None]:
-    """Keep the rootfs from being removed meanwhile."""
+def _in_use(rootfs: Rootfs) -> Iterator[tuple[int, int]]:
+    """Keep the rootfs from being removed meanwhile. Yield what tells it from any other: device and inode."""
     tree = os.open(rootfs.tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(tree, fcntl.LOCK_SH)
-        yield
+        status = os.fstat(tree)
+        yield status.st_dev, status.st_ino
     finally:
         os.close(tree)
 
@@ -180,15 +212,15 @@ def _program(this: Exec) -> _Program:
     path = f"{_WORKSPACE}/{found.path}"
     extension = os.path.splitext(found.path)[1]
     if extension in recipe.extensions or (not extension and not found.executable):
-        start = [path if word == "{file}" else word for word in recipe.run]
+        start, by_recipe = [path if word == "{file}" else word for word in recipe.run], True
     elif found.executable:
-        start = [path]
+        start, by_recipe = [path], False
     else:
         raise NotExecutableError(
             f"{found.path!r} is not one of {' '.join(recipe.extensions)}, and is not executable",
             remedy="make it executable, with a #! line; or run a program of the rootfs on it with --command",
         )
-    return _Program([*start, *request.args], found.path, found.sha256)
+    return _Program([*start, *request.args], found.path, found.sha256, by_recipe)
 
 
 def _environment(request: ExecRequest) -> dict[str, str]:

@@ -43,6 +43,7 @@ Progress = Callable[[str], None]
 _LANGUAGE = re.compile(r"[a-z][a-z0-9_+-]*\Z")
 _TREE = re.compile(r"(?:sha256|host)-[0-9a-f]+\Z")
 _STAGING = ".staging-"
+_DEBIAN = "debian "  # how the source begins of what was built from a recipe; an archive's is a path
 _HOST_TOPS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
 _HOST_ETC = ("etc/alternatives", "etc/ld.so.cache")
 _MEGABYTE = 1_000_000
@@ -54,7 +55,8 @@ class Rootfs(NamedTuple):
     """A root tree to build containers on.
 
     tree is its absolute path. binds are what must be mounted on it first, read-only, each an absolute path of the
-    host and a path relative to the tree, which is there and of the same kind; none but for digest "host".
+    host and a path relative to the tree, which is there and of the same kind; none but for digest "host". is_trusted:
+    what it holds comes from a distribution's signed packages, and not out of an archive that may be anybody's.
     """
 
     language: str
@@ -62,6 +64,7 @@ class Rootfs(NamedTuple):
     tree: str
     binds: tuple[tuple[str, str], ...]
     recipe: Recipe
+    is_trusted: bool
 
 
 class RootfsProblem(NamedTuple):
@@ -114,7 +117,9 @@ class RootfsStore:
             with self._language_lock(language, progress):
                 # Whoever held the lock may have built it.
                 built = self._usable(language) or self._build(language, progress)
-        return Rootfs(language, built.info.digest, self._path(built.tree), (), built.recipe)
+        return Rootfs(
+            language, built.info.digest, self._path(built.tree), (), built.recipe, built.info.source.startswith(_DEBIAN)
+        )
 
     def host(self, language: str) -> Rootfs:
         """The host's own programs as a rootfs: a skeleton tree, and what of the host to bind on it.
@@ -133,7 +138,7 @@ class RootfsStore:
                 f"this host has no {interpreter}",
                 remedy=f"install it, or build a rootfs: jhansi-run rootfs build {language}",
             )
-        return Rootfs(language, "host", self._path(host.tree), tuple(binds), host.recipe)
+        return Rootfs(language, "host", self._path(host.tree), tuple(binds), host.recipe, is_trusted=True)
 
     def build(self, language: str, *, progress: Progress) -> RootfsInfo:
         """Build the rootfs of a language from its recipe, in place of the one there is.
@@ -288,7 +293,7 @@ class RootfsStore:
             scratch = os.path.join(staging, "build")
             os.mkdir(scratch, 0o700)
             with debian.run_mmdebstrap(recipe, scratch, progress) as tar:
-                return self._adopt(tar, recipe, staging, f"debian {recipe.suite}", progress)
+                return self._adopt(tar, recipe, staging, f"{_DEBIAN}{recipe.suite}", progress)
 
     def _adopt(self, tar: "ByteReader", recipe: Recipe, staging: str, source: str, progress: Progress) -> _Built:
         """Unpack a tar in the staging folder, make it a root tree, and publish it as that of the recipe's language."""

@@ -14,7 +14,7 @@ from msgspec import UNSET, structs
 from jhansi_runtime import remedies
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.engine import Launcher, LauncherProcess, Processors, Streams
+from jhansi_runtime.engine import Cold, Launcher, LauncherProcess, Slots, Streams
 from jhansi_runtime.errors import (
     BusyError,
     ConflictError,
@@ -39,6 +39,7 @@ from jhansi_runtime.spec import (
     FileInfo,
     Language,
     Limits,
+    PoolSettings,
     RootfsChoice,
     RootfsInfo,
     Sandbox,
@@ -60,8 +61,9 @@ class Runtime:
     """All sandboxes of one installation. A context manager; any number of processes may have one open at once.
 
     paths say where things live, by default as the environment does (CONTRACT: Environment). progress is called with a
-    line for a person when something takes long. launcher builds the containers, by default a process that is started
-    for the first exec. Opening it settles what killed processes left: their execs get an exec.end of status `lost`.
+    line for a person when something takes long. slots are where execs get their containers from; by default those of a
+    pool, whose launcher is started for the first exec. With a launcher instead, each is built when it is wanted.
+    Opening it settles what killed processes left: their execs get an exec.end of status `lost`.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Runtime:
         *,
         progress: Callable[[str], None] | None = None,
         launcher: Launcher | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.paths = paths or Paths.from_environment()
-        self.audit = AuditLog(self.paths.audit, fsync=load(self.paths.config).audit.fsync)
+        settings = load(self.paths.config)
+        self.audit = AuditLog(self.paths.audit, fsync=settings.audit.fsync)
         self._progress = progress or _silent
         self._actor = f"uid:{os.getuid()}"
         self._owner: str | None = None
@@ -82,8 +86,8 @@ class Runtime:
         self._profiles = ProfileStore(shipped("seccomp"), self.paths.profiles, self.paths.cache)
         self._landlock = usable_abi()
         self._runs = Runs(self.paths.runs)
-        self._launcher = launcher or LauncherProcess()
-        self._processors = Processors()
+        self._pool_settings = settings.pool
+        self._slots = slots or (_pool(settings.pool) if launcher is None else Cold(launcher))
         self._required = required()
         self._settle_lost_runs()
 
@@ -97,9 +101,9 @@ class Runtime:
 
     def close(self) -> None:
         """End the launcher, and flush the audit log to the disk."""
-        self._launcher.close()
+        self._slots.close()
         self.audit.close()
-        self._launcher.wait()
+        self._slots.wait()
 
     def on_behalf_of(self, actor: str, *, owner: str | None) -> "Runtime":
         """This runtime as somebody else uses it, who need not close it.
@@ -473,21 +477,26 @@ class Runtime:
         rootfs = self._open_rootfs(language, request.rootfs or "recipe")
         if self._required & {"all", "cgroup"}:
             limits = structs.replace(limits, require_cgroup=True)
-        with self._processors.taken(limits.cpus) as processors:
-            this = Exec(
-                run=run,
-                run_id=run_id,
-                actor=self._actor,
-                place=place,
-                rootfs=rootfs,
-                profile=profile,
-                landlock=self._landlock,
-                limits=limits,
-                request=request,
-                found=found,
-                processors=processors,
-            )
-            return perform(this, self._launcher, self.audit, streams or Streams())
+        this = Exec(
+            run=run,
+            run_id=run_id,
+            actor=self._actor,
+            place=place,
+            rootfs=rootfs,
+            profile=profile,
+            landlock=self._landlock,
+            limits=limits,
+            request=request,
+            found=found,
+            preload=self._preload(language, rootfs),
+        )
+        return perform(this, self._slots, self.audit, streams or Streams())
+
+    def _preload(self, language: str, rootfs: Rootfs) -> tuple[str, ...] | None:
+        """Return what a zygote is to import ahead, None where there is to be none."""
+        if not self._pool_settings.zygotes:
+            return None
+        return tuple(self._pool_settings.preload.get(language, rootfs.recipe.preload))
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":
@@ -561,6 +570,14 @@ class Runtime:
             bytes=sum(file.size for file in files if file.type == "file"),
             paths=[file.path for file in files[:_PATHS_IN_A_RECORD]],
         )
+
+
+def _pool(settings: PoolSettings) -> Slots:
+    if settings.maximum == 0:
+        return Cold(LauncherProcess())
+    from jhansi_runtime.engine.pool import Pool, Sizes  # noqa: PLC0415 - not for a command that runs once
+
+    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum))
 
 
 def _derived_id(actor: str, idempotency_key: str) -> str:

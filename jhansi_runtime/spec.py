@@ -309,7 +309,8 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to make and use the rootfs of a language (rootfs/LANGUAGE.toml).
 
     run is the argv that runs a file, where "{file}" is replaced by its path in the container. extensions name the
-    files that `run` takes; any other file runs only if it is executable.
+    files that `run` takes; any other file runs only if it is executable. zygote: the interpreter is a CPython that can
+    be started ahead of the execs, and forked for each; preload names modules that it is then to import ahead.
     """
 
     language: str
@@ -318,6 +319,8 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     interpreter: str
     extensions: list[str]
     run: list[str]
+    zygote: bool = False
+    preload: list[str] = []
 
 
 class Language(Struct, frozen=True, kw_only=True):
@@ -385,6 +388,19 @@ class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     fsync: Literal["group", "always"] = "group"
 
 
+class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Slots that wait for execs: at most so many of all kinds, at least so many of each kind that was wanted twice.
+
+    zygotes: interpreters are started ahead and forked for each exec, which then share what a process draws at its
+    start: the layout of its memory, and the seed of str's hash. preload names, by language, modules to import ahead.
+    """
+
+    minimum: Annotated[int, Meta(ge=0, le=10_000, description="slots of each kind, at least")] = 0
+    maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 8
+    zygotes: bool = True
+    preload: dict[str, list[str]] = {}
+
+
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one server takes on. Beyond max_execs, execs wait, max_queue of them at most; sizes are bytes."""
 
@@ -403,6 +419,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings file (TOML): one table for each subject."""
 
     audit: AuditSettings = AuditSettings()
+    pool: PoolSettings = PoolSettings()
     server: ServerSettings = ServerSettings()
 
 

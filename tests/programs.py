@@ -58,5 +58,6 @@ def run(row, runtime):
         else:
             what, expected = {"filename": step}, printed_by(row.files[step])
         result = runtime.exec(ExecRequest(sandbox=sandbox.id, **what, limits=PATIENCE | row.limits))
-        assert (result.status, result.exit_code, result.stdout, result.stderr) == ("exited", 0, expected, ""), step
+        told = (result.status, result.exit_code, result.stdout, result.stderr)
+        assert told == ("exited", 0, expected, ""), f"{step}: {told}"
     runtime.remove(sandbox.id)

@@ -17,7 +17,7 @@ from jhansi_runtime.isolation import spawn
 
 @pytest.fixture
 def runtime(runtime_environment):
-    with Runtime(Paths.from_environment(runtime_environment)) as opened:
+    with Runtime(Paths.from_environment(runtime_environment), launcher=LauncherProcess()) as opened:
         yield opened
 
 

@@ -145,6 +145,8 @@ class _Run:
         self._deadline = self._began + _READY_WITHIN_SECONDS
         self._cancelling = False
         self._alive = True
+        if slot.is_ready:
+            self._begin()
 
     def until_ended(self) -> None:
         """Move bytes, watch the clock and pass signals on, until the slot has ended and its output is delivered."""
@@ -223,10 +225,7 @@ class _Run:
         if message is Progress.LAUNCHED:
             return
         if message is Progress.READY:
-            self._ready = True
-            self._began = time.monotonic()
-            self._deadline = self._began + self._bounds.timeout if not self._cancelling else self._deadline
-            self._watches += [self._own_watch(), RemovedFilesWatch(self._slot.proc, self._bounds)]
+            self._begin()
             return
         if isinstance(message, int):
             self._wiring.connect_terminal(message)
@@ -247,6 +246,13 @@ class _Run:
             self.failure = message
         else:
             raise step_failed(message)
+
+    def _begin(self) -> None:
+        """The container is built, and the job's time begins."""
+        self._ready = True
+        self._began = time.monotonic()
+        self._deadline = self._began + self._bounds.timeout if not self._cancelling else self._deadline
+        self._watches += [self._own_watch(), RemovedFilesWatch(self._slot.proc, self._bounds)]
 
     def _own_watch(self) -> Watch:
         if self._slot.group is not None:

@@ -6,18 +6,21 @@ Both offer the same two verbs, launch and reap, and a Slot does not tell them ap
 import _thread
 import errno
 import os
+import select
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from jhansi_runtime.engine.delegation import Delegation, delegate, none
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation.channel import Channel, Container, Reaped
+from jhansi_runtime.isolation.channel import Channel, Container, Failure, Reaped, Zygote
 from jhansi_runtime.isolation.spawn import Spawned, spawn
 
-__all__ = ["InProcess", "Launcher", "LauncherProcess"]
+__all__ = ["Connection", "InProcess", "Launcher", "LauncherProcess"]
+
+_Answer = TypeVar("_Answer")
 
 _ATTEMPTS = 2  # the first may find that the launcher has died since it was last used
 
@@ -80,6 +83,82 @@ class InProcess:
         """Nothing to wait for."""
 
 
+class Connection:
+    """Requests to somebody who launches, over a channel; may be used by several threads.
+
+    BrokenPipeError where whoever launches is gone, and a container is wanted of it.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._mutex = _thread.allocate_lock()
+        self._channel: Channel | None = channel
+
+    def launch(self, container: Container, channel: Channel) -> None:
+        """See Launcher."""
+        self._send(messages.LAUNCH, messages.encode_container(container), (channel.fileno(),))
+
+    def launch_zygote(self, zygote: Zygote, channel: Channel) -> None:
+        """Start a zygote that talks over `channel`; how it goes is told there."""
+        self._send(messages.ZYGOTE, messages.encode_zygote(zygote), (channel.fileno(),))
+
+    def begin(self) -> None:
+        """See Launcher."""
+        with suppress(BrokenPipeError):
+            self._send(messages.BEGIN)
+
+    def reap(self, pid: int) -> Reaped:
+        """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
+        with suppress(BrokenPipeError):
+            kind, body = self._ask(messages.REAP, messages.encode_pid(pid))
+            if kind == messages.REAPED:
+                return messages.decode_reaped(body)
+        return Reaped(0.0, 0)
+
+    def release(self, pid: int) -> None:
+        """See Launcher."""
+        with suppress(BrokenPipeError):
+            self._send(messages.RELEASE, messages.encode_pid(pid))
+
+    def delegate(self, base: str) -> Failure:
+        """Have the cgroups of containers made below that one. A failure without an errno is none."""
+        kind, body = self._ask(messages.DELEGATE, os.fsencode(base))
+        if kind != messages.DELEGATED:
+            raise BrokenPipeError(errno.EPIPE, "the launcher has died")
+        return messages.decode_failure(body)
+
+    def has_ended(self) -> bool:
+        """Say whether whoever launches is gone: its end of the channel is closed before its children know."""
+        channel = self._channel
+        if channel is None:
+            return True
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        """Leave whoever launches, which ends it."""
+        with self._mutex:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+
+    def _send(self, kind: bytes, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
+        with self._mutex:
+            self._open().send(kind, body, descriptors)
+
+    def _ask(self, kind: bytes, body: bytes) -> tuple[bytes, bytes]:
+        with self._mutex:
+            channel = self._open()
+            channel.send(kind, body)
+            answer, text, _ = channel.receive()
+        return answer, text
+
+    def _open(self) -> Channel:
+        if self._channel is None:
+            raise BrokenPipeError(errno.EPIPE, "whoever launches has been left")
+        return self._channel
+
+
 class LauncherProcess:
     """A process of its own, started at the first launch or handed over as `spawned`. May be used by several threads.
 
@@ -100,60 +179,50 @@ class LauncherProcess:
         self._delegate = delegate
         self._delegation: Delegation | None = None
         self._pid = -1
-        self._channel: Channel | None = None
+        self._connection: Connection | None = None
         if spawned is not None:
             self._adopt(spawned)
 
     def delegation(self) -> Delegation:
         """See Launcher. The launcher is started for it, if it has not been."""
-        for _ in range(_ATTEMPTS):
-            with self._mutex, suppress(BrokenPipeError):
-                return self._delegated(self._channel or self._adopt(_spawn()))
-            self.close()
-            self.wait()
-        raise _dies()
+        return self._attempt(lambda _, delegation: delegation)
 
     def launch(self, container: Container, channel: Channel) -> None:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
-        request = messages.encode_container(container)
-        for _ in range(_ATTEMPTS):
-            with self._mutex, suppress(BrokenPipeError):
-                connection = self._channel or self._adopt(_spawn())
-                self._delegated(connection)
-                connection.send(messages.LAUNCH, request, (channel.fileno(),))
-                return
-            self.close()
-            self.wait()
-        raise _dies()
+        self._attempt(lambda connection, _: connection.launch(container, channel))
+
+    def launch_zygote(self, zygote: Zygote, channel: Channel) -> None:
+        """Start a zygote that talks over `channel`; how it goes is told there."""
+        self._attempt(lambda connection, _: connection.launch_zygote(zygote, channel))
+
+    def has_ended(self) -> bool:
+        """Say whether the launcher that has been started is gone."""
+        connection = self._connection
+        return connection is None or connection.has_ended()
 
     def begin(self) -> None:
         """See Launcher."""
-        with self._mutex, suppress(BrokenPipeError):
-            if self._ahead and self._channel is not None:
-                self._channel.send(messages.BEGIN)
+        connection = self._connection
+        if self._ahead and connection is not None:
+            connection.begin()
 
     def reap(self, pid: int) -> Reaped:
-        """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
-        with self._mutex, suppress(BrokenPipeError):
-            if self._channel is not None:
-                self._channel.send(messages.REAP, messages.encode_pid(pid))
-                kind, body, _ = self._channel.receive()
-                if kind == messages.REAPED:
-                    return messages.decode_reaped(body)
-        return Reaped(0.0, 0)
+        """See Launcher."""
+        connection = self._connection
+        return Reaped(0.0, 0) if connection is None else connection.reap(pid)
 
     def release(self, pid: int) -> None:
         """See Launcher."""
-        with self._mutex, suppress(BrokenPipeError):
-            if self._channel is not None:
-                self._channel.send(messages.RELEASE, messages.encode_pid(pid))
+        connection = self._connection
+        if connection is not None:
+            connection.release(pid)
 
     def close(self) -> None:
         """See Launcher."""
         with self._mutex:
-            if self._channel is not None:
-                self._channel.close()
-                self._channel = None
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
     def wait(self) -> None:
         """See Launcher."""
@@ -166,29 +235,31 @@ class LauncherProcess:
                     _sweep(self._delegation.base)
                 self._delegation = None
 
-    def _adopt(self, spawned: Spawned) -> Channel:
-        self._pid = spawned.pid
-        self._channel = Channel(spawned.socket)
-        return self._channel
+    def _attempt(self, act: Callable[[Connection, Delegation], _Answer]) -> _Answer:
+        """Do something with the launcher there is, or else with a new one."""
+        for _ in range(_ATTEMPTS):
+            with self._mutex, suppress(BrokenPipeError):
+                connection = self._connection or self._adopt(_spawn())
+                return act(connection, self._delegated(connection))
+            self.close()
+            self.wait()
+        raise HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
 
-    def _delegated(self, connection: Channel) -> Delegation:
+    def _adopt(self, spawned: Spawned) -> Connection:
+        self._pid = spawned.pid
+        self._connection = Connection(Channel(spawned.socket))
+        return self._connection
+
+    def _delegated(self, connection: Connection) -> Delegation:
         """Return the delegation of the launcher there is, which is asked for once."""
         if self._delegation is None:
             found = self._delegate(self._pid)
             if found.base is not None:
-                connection.send(messages.DELEGATE, os.fsencode(found.base))
-                kind, body, _ = connection.receive()
-                if kind != messages.DELEGATED:
-                    raise BrokenPipeError(errno.EPIPE, "the launcher has died")
-                failure = messages.decode_failure(body)
+                failure = connection.delegate(found.base)
                 if failure.errno:
                     found = none(f"the cgroup {found.base} cannot be used: {failure.detail}", found.remedy)
             self._delegation = found
         return self._delegation
-
-
-def _dies() -> HostError:
-    return HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
 
 
 def _sweep(base: str) -> None:

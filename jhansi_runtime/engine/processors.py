@@ -7,8 +7,6 @@ Its price is that the kernel cannot move the job to a CPU that is idle; hence th
 import _thread
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 __all__ = ["Processors"]
 
@@ -21,19 +19,19 @@ class Processors:
         self._jobs: dict[int, int] = {}
         self._next = os.getpid()  # processes of one host that each start a job do not all begin with the same CPU
 
-    @contextmanager
-    def taken(self, cpus: float) -> Iterator[tuple[int, ...]]:
-        """Within: the CPUs for a job that may use so many CPUs' worth of time, each counted as having one job more."""
+    def take(self, cpus: float) -> tuple[int, ...]:
+        """Return the CPUs for a job that may use so many CPUs' worth of time; each has one job more from now on."""
         with self._mutex:
             chosen = self._choose(math.ceil(cpus))
             for number in chosen:
                 self._jobs[number] = self._jobs.get(number, 0) + 1
-        try:
-            yield chosen
-        finally:
-            with self._mutex:
-                for number in chosen:
-                    self._jobs[number] -= 1
+        return chosen
+
+    def give_back(self, processors: tuple[int, ...]) -> None:
+        """The job that these CPUs were taken for has ended."""
+        with self._mutex:
+            for number in processors:
+                self._jobs[number] -= 1
 
     def _choose(self, count: int) -> tuple[int, ...]:
         ours = sorted(os.sched_getaffinity(0))

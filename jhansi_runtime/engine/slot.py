@@ -2,6 +2,9 @@
 
 prepare -> wait -> run -> exit. `Slot(container)` prepares; `start` gives it the order; `receive` tells what init says;
 `kill` ends everything in it at once; `close` reaps it. A slot runs one order, no more.
+
+A cold exec makes its slot and orders at once; whoever has slots ahead waits until one `is_ready`, and it then waits for
+its order as long as it has to.
 """
 
 import os
@@ -31,10 +34,16 @@ class Slot:
     """One container. A context manager: leaving it kills and reaps whatever is still there.
 
     group is a descriptor of its cgroup, None before it is launched and where it has none; proc is one of its /proc,
-    once it is ready.
+    once it is ready. has_interpreter: its job is the interpreter of its rootfs, which a zygote's are.
     """
 
-    def __init__(self, container: Container, launcher: Launcher) -> None:
+    def __init__(
+        self, container: Container, launcher: Launcher, *, has_interpreter: bool = False, begins_next: bool = True
+    ) -> None:
+        """Have a container launched. begins_next: the launcher is then to begin the one for the launch to come."""
+        self.container = container
+        self.has_interpreter = has_interpreter
+        self._begins_next = begins_next
         self._launcher = launcher
         self._pid = self._pidfd = -1
         self._scratch = self.proc = -1
@@ -68,6 +77,17 @@ class Slot:
         """The descriptor that is readable when `receive` has something to tell."""
         return self._channel.fileno()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the container is built, and waits for nothing but its order."""
+        return self.proc >= 0
+
+    def has_died(self) -> bool:
+        """Say whether the init of a slot that is ready has ended, which then has told nobody why."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def start(self, order: Order, streams: list[int]) -> None:
         """Give the container its order. It need not be ready: init reads the order when it is."""
         if self._ordered:
@@ -93,7 +113,8 @@ class Slot:
             return Progress.LAUNCHED
         if kind == messages.READY:
             self._scratch, self.proc = descriptors
-            self._launcher.begin()  # now, while this host and init have nothing to do but wait for the job
+            if self._begins_next:
+                self._launcher.begin()  # now, while this host and init have nothing to do but wait for the job
             return Progress.READY
         if kind == messages.TERMINAL:
             return descriptors[0]

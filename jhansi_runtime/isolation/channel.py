@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jhansi_runtime.isolation.cgroup import Limits
 
-__all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Reaped", "pair"]
+__all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Reaped", "Zygote", "pair"]
 
 LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptors: its pidfd, and its cgroup if it has one)
 READY = b"r"  # init: the container is built (descriptors: the filesystem of /tmp, HOME and /dev/shm; its /proc)
@@ -29,6 +29,7 @@ FAILED = b"f"  # init: a step failed, nothing was run
 BEGIN = b"b"  # host to launcher: a container will be wanted; do what is the same for all
 LAUNCH = b"l"  # host to launcher, launcher to init: build this container (descriptor: init's end of its channel)
 MAPPED = b"m"  # launcher to init: the id map is written
+ZYGOTE = b"z"  # host to launcher: start this zygote (descriptor: its end of its channel), which is a launcher then
 REAP = b"w"  # host to launcher: wait for this init, and tell
 RELEASE = b"q"  # host to launcher: wait for this init, which is ending by itself
 DELEGATE = b"g"  # host to launcher: make the cgroups of containers below this one
@@ -36,7 +37,9 @@ DELEGATED = b"c"  # launcher: done, or why it cannot be
 REAPED = b"e"  # launcher: it is gone, and what it used
 
 EXECVE = "execve"  # the step whose failure is the program's fault
+PLACEHOLDER = "/workspace/\N{REPLACEMENT CHARACTER}"  # for the file that a zygote's jobs run: no file of anyone's
 
+_MARSHAL = 4  # the version that every Python from 3.4 on reads: a zygote's is not ours
 _PACKET = 1 << 14
 _REPORT = 4032
 _DESCRIPTORS = 8
@@ -66,6 +69,22 @@ class Container(NamedTuple):
     cgroup: Limits | None
 
 
+class Zygote(NamedTuple):
+    """What a zygote is started from: an interpreter of a rootfs that will be launcher of containers of that rootfs.
+
+    tree, binds, workspaces and host_id are as in Container. argv starts the interpreter, with PLACEHOLDER for the file
+    that it is to run; environment is that of every job; preload names modules to import ahead.
+    """
+
+    tree: str
+    binds: tuple[tuple[str, str], ...]
+    workspaces: str
+    host_id: int | None
+    argv: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+    preload: tuple[str, ...]
+
+
 class Order(NamedTuple):
     """What to run in a container that waits.
 
@@ -73,7 +92,9 @@ class Order(NamedTuple):
     are that pty, and the others are the descriptors passed with the order, in that sequence.
     argv and environment are bytes as execve takes them; cpu_seconds, file_bytes, open_files and processes are rlimits;
     processors are the CPUs that the job may run on; filters are compiled seccomp programs, all installed, the strictest
-    answer wins; with sole_program nothing else than the program itself can be executed.
+    answer wins; with sole_program nothing else than the program itself can be executed. as_main says that argv is what
+    the zygote's interpreter was started with, with the file's path and arguments in place of the placeholder: the job,
+    which is that interpreter, runs the file, and nothing is executed.
     """
 
     workspace: str
@@ -88,6 +109,7 @@ class Order(NamedTuple):
     processors: tuple[int, ...]
     filters: tuple[bytes, ...]
     sole_program: bool
+    as_main: bool
 
 
 class Outcome(NamedTuple):
@@ -170,8 +192,8 @@ def pair() -> tuple[Channel, Channel]:
 
 
 def write_order(order: Order) -> int:
-    """Return a memfd that holds the order. marshal is fit: both ends are this interpreter and this code."""
-    content = memoryview(marshal.dumps(tuple(order)))
+    """Return a memfd that holds the order. marshal is fit: both ends are this code, and agree on the version."""
+    content = memoryview(marshal.dumps(tuple(order), _MARSHAL))
     descriptor = os.memfd_create("order", os.MFD_CLOEXEC)
     try:
         while content:
@@ -192,7 +214,7 @@ def read_order(descriptor: int) -> Order:
 def encode_container(container: Container) -> bytes:
     """Return the body of a LAUNCH message."""
     cgroup = None if container.cgroup is None else tuple(container.cgroup)
-    return marshal.dumps((*container[:-1], cgroup))
+    return marshal.dumps((*container[:-1], cgroup), _MARSHAL)
 
 
 def decode_container(body: bytes) -> Container:
@@ -209,6 +231,16 @@ def encode_outcome(outcome: Outcome) -> bytes:
 def decode_outcome(body: bytes) -> Outcome:
     """Return what an EXIT message says."""
     return Outcome(*_EXIT.unpack(body))
+
+
+def encode_zygote(zygote: Zygote) -> bytes:
+    """Return the body of a ZYGOTE message."""
+    return marshal.dumps(tuple(zygote), _MARSHAL)
+
+
+def decode_zygote(body: bytes) -> Zygote:
+    """Return what a ZYGOTE message asks for."""
+    return Zygote(*marshal.loads(body))  # noqa: S302 - written by encode_zygote, never by a job
 
 
 def encode_failure(failure: Failure) -> bytes:

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import NamedTuple, NoReturn
@@ -22,26 +23,61 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import clone3, erase
 
-__all__ = ["main"]
+__all__ = ["EXECUTED", "JobLeft", "StartJob", "main"]
 
 HOSTNAME = "sandbox"
 _FOR_ALL = frozenset({signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT})
 _REPORT_BYTES = 4096
 
 
-def main(launcher: Channel, host_id: int | None, command_line: tuple[int, int]) -> NoReturn:
-    """Be init. Never returns: what was cloned must not run on as a second launcher.
+class StartJob(NamedTuple):
+    """How init comes by the job: a fork, and what the child then does with its channel, its report and a host id."""
+
+    fork: Callable[[], int]
+    main: Callable[[Channel, int, int | None], NoReturn]
+
+
+class JobLeft(BaseException):
+    """The job of a zygote leaves all that was called before it was forked; main() of zygote.py goes on with it."""
+
+    def __init__(self, channel: Channel, report: int, host_id: int | None) -> None:
+        super().__init__()
+        self.waiting = channel, report, host_id
+
+
+def fork() -> int:
+    """Fork as cheaply as can be: os.fork would run the at-fork handlers of whoever launches, and touch 150 more pages.
+
+    0 in the child, its pid in the parent.
+    """
+    pid, pidfd = clone3(0)
+    if pid:
+        os.close(pidfd)
+    return pid
+
+
+EXECUTED = StartJob(fork, job.main)
+
+
+def main(launcher: Channel, host_id: int | None, command_line: tuple[int, int], start_job: StartJob) -> NoReturn:
+    """Be init. Never returns: what was cloned must not run on as a second launcher. The job, its fork, may leave.
 
     The launcher says MAPPED when the id map is written, and LAUNCH when it knows what to build. command_line is where
     the launcher's arguments lie in memory: anyone in the container may read /proc/1/cmdline, whatever the dumpable
     flag says.
     """
+    is_job = False
     try:
         erase(*command_line)
         with suppress(BrokenPipeError):  # the launcher or the host is gone, and with it whoever would want to know
-            _live(launcher, host_id)
+            _live(launcher, host_id, start_job)
+    except JobLeft:
+        is_job = True
+        raise
     finally:
-        os._exit(0)
+        if not is_job:
+            os._exit(0)
+    raise AssertionError("init has ended")
 
 
 class _Waiting(NamedTuple):
@@ -60,8 +96,8 @@ class _Built(NamedTuple):
     ruleset: int | None
 
 
-def _live(launcher: Channel, host_id: int | None) -> None:
-    begun = _begun(launcher, host_id)
+def _live(launcher: Channel, host_id: int | None, start_job: StartJob) -> None:
+    begun = _begun(launcher, host_id, start_job)
     container, channel = _await_launch(launcher)
     try:
         if isinstance(begun, StepError):
@@ -75,19 +111,19 @@ def _live(launcher: Channel, host_id: int | None) -> None:
         channel.send(messages.EXIT, messages.encode_outcome(outcome))
 
 
-def _begun(launcher: Channel, host_id: int | None) -> _Waiting | StepError:
+def _begun(launcher: Channel, host_id: int | None, start_job: StartJob) -> _Waiting | StepError:
     """Return what `_begin` does, or why it failed: nobody is there yet to be told."""
     try:
-        return _begin(launcher, host_id)
+        return _begin(launcher, host_id, start_job)
     except StepError as error:
         return error
 
 
-def _begin(launcher: Channel, host_id: int | None) -> _Waiting:
+def _begin(launcher: Channel, host_id: int | None, start_job: StartJob) -> _Waiting:
     """Do what is the same for every container, before anyone asks for this one; return the job that waits in it."""
     # First of all: a page that is written both before and after a fork is copied twice.
     with step("fork"):
-        waiting = _fork_job(host_id)
+        waiting = _fork_job(host_id, start_job)
     with step("detach from the launcher"):
         detach((launcher.fileno(), waiting.channel.fileno(), waiting.report))
     if launcher.receive()[0] != messages.MAPPED:
@@ -147,13 +183,12 @@ def _say_ready(root: int, channel: Channel) -> None:
         os.close(descriptor)
 
 
-def _fork_job(host_id: int | None) -> _Waiting:
+def _fork_job(host_id: int | None, start_job: StartJob) -> _Waiting:
     ours, theirs = messages.pair()
     report, reported = os.pipe2(os.O_CLOEXEC)
-    pid, pidfd = clone3(0)  # not os.fork: that would run the launcher's at-fork handlers, and touch 150 more pages
+    pid = start_job.fork()
     if pid == 0:
-        job.main(theirs, reported, host_id)
-    os.close(pidfd)
+        start_job.main(theirs, reported, host_id)
     os.close(reported)
     theirs.close()
     return _Waiting(pid, ours, report)

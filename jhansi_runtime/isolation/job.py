@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import warnings  # noqa: F401 - os.execvpe loads it, from Python 3.13 on for the first time, when nothing can be read any more
+from collections.abc import Callable
 from typing import NoReturn
 
 import prctl
@@ -21,7 +22,10 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
 
-__all__ = ["CONFINED", "main"]
+__all__ = ["CONFINED", "Show", "confined", "main"]
+
+# Told of an order that is not to be executed, while the job can still be made to look as if it had been.
+Show = Callable[[Order], None]
 
 CONFINED = b"."
 _WORKSPACE = "/workspace"
@@ -31,12 +35,20 @@ _STREAMS = 3
 
 
 def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
-    """Give everything up, wait for the order, and become its program.
+    """Give everything up, wait for the order, and become its program."""
+    confined(channel, report, host_id)
+    os._exit(1)  # never: there is nothing but a program to be had
+
+
+def confined(channel: Channel, report: int, host_id: int | None, show: Show | None = None) -> Order:
+    """Give everything up, wait for the order, and execute it; or return it, when it is for the interpreter there is.
 
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
-    program that ran; a failure of a step, or of execve, is written as itself.
+    program that ran; a failure of a step, or of execve, is written as itself. Only a zygote's job has `show`, and only
+    there this returns.
     """
     failure = Failure("fork", 0, "the job ended before its program began")
+    has_program = False
     try:
         _prepare(channel, report, host_id)
         channel.send(messages.READY)
@@ -44,16 +56,23 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
         if kind == messages.ORDER:
             content, root, *others = descriptors
             order = messages.read_order(content)
-            _confine(order, root, others[:_STREAMS], others[_STREAMS:], report)
+            channel.close()
+            _confine(order, root, others[:_STREAMS], others[_STREAMS:], report, show)
             os.write(report, CONFINED)
-            _execute(order)
+            if not order.as_main:
+                _execute(order)
+            os.close(report)  # as execve does
+            has_program = True
+            return order
     except StepError as error:
         failure = error.failure
     finally:  # whatever it was that came up: there is no program
-        try:
-            os.write(report, encode_failure(failure))
-        finally:
-            os._exit(1)
+        if not has_program:
+            try:
+                os.write(report, encode_failure(failure))
+            finally:
+                os._exit(1)
+    raise AssertionError("a job without a program has ended")
 
 
 def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
@@ -71,7 +90,7 @@ def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
         prctl.set_no_new_privs(1)
 
 
-def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], report: int) -> None:
+def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], report: int, show: Show | None) -> None:
     with step("working directory"):
         _enter_workspace(root)
     with step("streams"):
@@ -88,6 +107,9 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
             landlock.restrict(ruleset)
         if order.sole_program:
             landlock.restrict_to_program(root, order.argv[0], order.environment.get(b"PATH", os.defpath.encode()))
+    if order.as_main:
+        with step("main program"):
+            _show(order, show)
     # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
@@ -95,6 +117,13 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
     # Last: the filter refuses most of the steps above.
     with step("seccomp"):
         seccomp.install(order.filters)
+
+
+def _show(order: Order, show: Show | None) -> None:
+    if show is None:
+        raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
+    show(order)
+    prctl.set_dumpable(1)  # as after execve: what is its own in /proc is for it to read
 
 
 def _execute(order: Order) -> NoReturn:

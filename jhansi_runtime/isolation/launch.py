@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import prctl
 
-from jhansi_runtime.isolation import cgroup, idmap, inside, processors
+from jhansi_runtime.isolation import cgroup, idmap, inside, outer, processors
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.cgroup import Branch, Group
-from jhansi_runtime.isolation.channel import Channel, Container, Reaped
+from jhansi_runtime.isolation.channel import Channel, Container, Reaped, Zygote
+from jhansi_runtime.isolation.inside import EXECUTED, StartJob
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import (
     CLONE_NEWCGROUP,
@@ -28,9 +29,11 @@ from jhansi_runtime.isolation.syscalls import (
     command_line_span,
 )
 
-__all__ = ["NAMESPACES", "Begun", "begin", "end", "launch", "reap"]
+__all__ = ["NAMESPACES", "Begun", "begin", "end", "launch", "launch_zygote", "reap"]
 
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
+# A zygote makes the cgroups of its containers in the launcher's branch, which it has to see for that (cgroups(7)).
+_ZYGOTES_NAMESPACES = NAMESPACES & ~CLONE_NEWCGROUP
 
 
 class Begun(NamedTuple):
@@ -46,10 +49,10 @@ class Begun(NamedTuple):
     group: Group | None
 
 
-def begin(host_id: int | None, branch: Branch | None = None) -> Begun:
+def begin(host_id: int | None, branch: Branch | None = None, start_job: StartJob = EXECUTED) -> Begun:
     """Clone an init, which prepares as far as it can and waits. StepError when the kernel refuses.
 
-    With a branch, it begins in a new cgroup there, without limits yet.
+    With a branch, it begins in a new cgroup there, without limits yet. start_job is how it comes by its job.
     Whoever calls this must have one thread, must reap the pid, and takes the container along when it dies.
     """
     with step("one thread"):
@@ -67,7 +70,7 @@ def begin(host_id: int | None, branch: Branch | None = None) -> Begun:
         with step("namespaces"):
             pid, pidfd = _clone(group)
         if pid == 0:
-            inside.main(theirs, host_id, command_line)
+            inside.main(theirs, host_id, command_line, start_job)
         begun = Begun(pid, pidfd, ours, host_id, group)
         with step("id map"):
             idmap.map_from_parent(pid, host_id)
@@ -85,7 +88,11 @@ def begin(host_id: int | None, branch: Branch | None = None) -> Begun:
 
 
 def launch(
-    container: Container, channel: Channel, begun: Begun | None = None, branch: Branch | None = None
+    container: Container,
+    channel: Channel,
+    begun: Begun | None = None,
+    branch: Branch | None = None,
+    start_job: StartJob = EXECUTED,
 ) -> Begun | None:
     """Have a container built whose init talks over `channel`; return it, to be reaped, or None if there is none.
 
@@ -96,7 +103,7 @@ def launch(
         end(begun, branch)
         begun = None
     try:
-        begun = begun or begin(container.host_id, None if container.cgroup is None else branch)
+        begun = begun or begin(container.host_id, None if container.cgroup is None else branch, start_job)
         with step("cgroup limits"):
             _limit(begun, container, branch)
     except StepError as error:
@@ -116,6 +123,42 @@ def launch(
         begun.init.close()
         os.close(begun.pidfd)
     return begun
+
+
+def launch_zygote(zygote: Zygote, channel: Channel, branch: Branch | None = None) -> int | None:
+    """Start a zygote that talks over `channel`; return its pid, to be reaped, or None if there is none.
+
+    LAUNCHED comes first there, with its pid and its pidfd; then the zygote's own READY. Or FAILED. Conditions are those
+    of `begin`.
+    """
+    try:
+        with step("one thread"):
+            _require_one_thread()
+        with step("channel"):
+            ours, theirs = messages.pair()
+        try:
+            with step("namespaces"):
+                pid, pidfd = _clone(None, _ZYGOTES_NAMESPACES)
+            if pid == 0:
+                outer.main(theirs, channel, zygote, None if branch is None else branch.descriptor)
+            try:
+                with step("id map"):
+                    idmap.map_from_parent(pid, zygote.host_id, outer.ID)
+                channel.send(messages.LAUNCHED, messages.encode_pid(pid), (pidfd,))
+                ours.send(messages.MAPPED)
+            except (StepError, BrokenPipeError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            finally:
+                os.close(pidfd)
+        finally:
+            ours.close()
+            theirs.close()
+    except StepError as error:
+        channel.send(messages.FAILED, messages.encode_failure(error.failure))
+        return None
+    return pid
 
 
 def end(begun: Begun, branch: Branch | None = None) -> None:
@@ -159,13 +202,13 @@ def _is_fit(begun: Begun, container: Container) -> bool:
     return begun.host_id == container.host_id and has_its_cgroup and not has_ended
 
 
-def _clone(group: Group | None) -> tuple[int, int]:
+def _clone(group: Group | None, namespaces: int = NAMESPACES) -> tuple[int, int]:
     """Clone init as a process whose id map this one may write: one that is dumpable. It sees to the rest itself."""
     before = prctl.get_dumpable()
     prctl.set_dumpable(1)
     pid = -1
     try:
-        pid, pidfd = clone3(NAMESPACES, group.descriptor if group else None)
+        pid, pidfd = clone3(namespaces, group.descriptor if group else None)
     finally:
         if pid != 0:
             prctl.set_dumpable(before)

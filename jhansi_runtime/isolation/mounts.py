@@ -36,13 +36,19 @@ __all__ = [
     "EMPTY_DIRECTORY",
     "EMPTY_FILE",
     "HIDDEN_WORKSPACES",
+    "ZYGOTES_PACKAGE",
+    "ZYGOTES_SITE",
+    "ZYGOTES_TREE",
+    "ZYGOTES_WORKSPACES",
     "Sources",
     "attach_workspace",
     "build_root",
+    "build_zygotes_root",
     "enter_root",
     "open_for_host",
     "open_sources",
     "operations",
+    "zygotes_bind",
 ]
 
 # Made in every rootfs when it is unpacked.
@@ -50,6 +56,12 @@ COVERS = ".jhansi"
 EMPTY_FILE = ".jhansi/empty-file"
 EMPTY_DIRECTORY = ".jhansi/empty-directory"
 HIDDEN_WORKSPACES = ".jhansi/workspaces"
+
+# In a zygote's container: this package, on a path of its own, and what its containers are made of.
+ZYGOTES_SITE = "tmp/site"
+ZYGOTES_PACKAGE = "tmp/site/jhansi_runtime"
+ZYGOTES_TREE = "tmp/tree"
+ZYGOTES_WORKSPACES = "tmp/workspaces"
 
 _PAGE = 4096
 _TERMINALS = 64
@@ -101,16 +113,17 @@ def open_sources(tree: str, workspaces: str, binds: tuple[tuple[str, str], ...])
 
 
 class Bind(NamedTuple):
-    """Clone what a descriptor of the host's side names, and all that is mounted below it."""
+    """Clone what a descriptor of the host's side names, and all that is mounted below it if it is recursive."""
 
     source: int
     target: str
     attributes: int
+    recursive: bool = True
 
     def detached(self, root: int) -> int:  # noqa: ARG002 - every operation is asked alike
         """Return the mount, not yet attached."""
-        mount = open_tree(self.source, recursive=True)
-        mount_setattr(mount, self.attributes, recursive=True)
+        mount = open_tree(self.source, recursive=self.recursive)
+        mount_setattr(mount, self.attributes, recursive=self.recursive)
         return mount
 
 
@@ -226,13 +239,61 @@ def operations(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) ->
     )
 
 
+def zygotes_bind(number: int) -> str:
+    """Return where, in a zygote's container, the source of the number-th bind of its containers is."""
+    return f"tmp/bind-{number}"
+
+
+def zygotes_operations(sources: Sources, package: int) -> tuple[Operation, ...]:
+    """Return all that is mounted in the new root of a zygote, in order. package is a descriptor of this package."""
+    read_only = _RDONLY | _NOSUID | _NODEV
+    binds = tuple((source, zygotes_bind(number)) for number, (source, _) in enumerate(sources.binds))
+    folders = {path for source, path in binds if stat.S_ISDIR(os.fstat(source).st_mode)}
+    folders |= {ZYGOTES_SITE, ZYGOTES_PACKAGE, ZYGOTES_TREE, ZYGOTES_WORKSPACES}
+    return (
+        *(Bind(source, target, read_only) for source, target in sources.binds),
+        # Nothing of it is covered: no other could be mounted in a container otherwise.
+        Filesystem("proc", "proc", _NOSUID | _NODEV | _NOEXEC),
+        Filesystem(
+            "tmpfs",
+            "dev",
+            _RDONLY | _NOSUID | _NOEXEC,
+            options=(("mode", "755"), ("size", "64k")),
+            files=tuple((name, b"") for name in _DEVICES),
+        ),
+        *(Bind(source, f"dev/{name}", _RDONLY | _NOSUID | _NOEXEC) for source, name in sources.devices),
+        Filesystem(
+            "tmpfs",
+            "tmp",
+            read_only,
+            options=(("mode", "755"), ("size", "64k")),
+            folders=tuple((path.removeprefix("tmp/"), 0o755) for path in sorted(folders)),
+            files=tuple((path.removeprefix("tmp/"), b"") for _, path in binds if path not in folders),
+        ),
+        Bind(package, ZYGOTES_PACKAGE, read_only),
+        # Not with what is mounted in it by now: the root that is being made.
+        Bind(sources.tree, ZYGOTES_TREE, read_only, recursive=False),
+        Bind(sources.workspaces, ZYGOTES_WORKSPACES, _NOSUID | _NODEV),
+        *(Bind(source, target, read_only) for source, target in binds),
+    )
+
+
+def build_zygotes_root(sources: Sources, package: int) -> int:
+    """Mount the new root of a zygote; return a descriptor of it. The old root is still in place."""
+    return _build(sources.tree, zygotes_operations(sources, package))
+
+
 def build_root(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) -> int:
     """Mount the new root and all that is in it; return a descriptor of it. The old root is still in place."""
-    root = open_tree(sources.tree, recursive=False)
+    return _build(sources.tree, operations(sources, tmp_bytes, processors))
+
+
+def _build(tree: int, wanted: tuple[Operation, ...]) -> int:
+    root = open_tree(tree, recursive=False)
     mount_setattr(root, _RDONLY | _NOSUID | _NODEV)
     # Things can be attached only below a mount that is itself attached: this one covers the tree it was cloned from.
-    move_mount(root, sources.tree)
-    for operation in operations(sources, tmp_bytes, processors):
+    move_mount(root, tree)
+    for operation in wanted:
         _attach(root, operation)
     return root
 

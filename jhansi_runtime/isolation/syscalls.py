@@ -33,6 +33,7 @@ __all__ = [
     "openat2",
     "pivot_root",
     "seccomp_set_filter",
+    "set_memory_map",
     "signal_default",
     "umount_detach",
     "unshare",
@@ -328,3 +329,35 @@ def command_line_span() -> tuple[int, int]:
 def erase(start: int, length: int) -> None:
     """Overwrite memory with zeros."""
     ctypes.memset(start, 0, length)
+
+
+_PR_SET_MM = 35
+_PR_SET_MM_MAP = 14
+# Of /proc/PID/stat, counted from its third field on: start_code, end_code, start_data, end_data, start_brk; startstack.
+_STAT_SEGMENTS = (23, 24, 42, 43, 44)
+_STAT_STACK = 25
+
+
+def set_memory_map(arguments: tuple[int, int], environment: tuple[int, int]) -> None:
+    """Have /proc/self/cmdline and environ be read from these spans of memory, (start, end).
+
+    OSError: EINVAL from a kernel without CONFIG_CHECKPOINT_RESTORE.
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    _libc.sbrk.restype = ctypes.c_void_p
+    record = struct.pack(  # struct prctl_mm_map, linux/prctl.h
+        "11QQII",
+        *(int(fields[index]) for index in _STAT_SEGMENTS),
+        _libc.sbrk(ctypes.c_long(0)),
+        int(fields[_STAT_STACK]),
+        *arguments,
+        *environment,
+        0,
+        0,
+        0xFFFFFFFF,  # -1: /proc/self/exe stays what it is
+    )
+    buffer = ctypes.create_string_buffer(record, len(record))
+    option = ctypes.c_ulong(_PR_SET_MM_MAP)
+    if _libc.prctl(_PR_SET_MM, option, buffer, ctypes.c_ulong(len(record)), ctypes.c_ulong(0)) == -1:
+        raise _oserror()

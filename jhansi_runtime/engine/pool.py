@@ -1,0 +1,502 @@
+"""The pool: slots that are built ahead and wait, so that an exec takes one instead of having it built.
+
+A *shelf* holds the slots that are alike: those of one rootfs, workspaces folder and size of /tmp. Who wants a slot
+takes one off its shelf, once; a thread of the pool's, the *keeper*, puts another there. Which slots there are to be is
+learned from what is wanted: the second exec of a kind makes a shelf that is filled, each that finds its shelf empty
+makes it one longer, and what is not taken for a while is not built again. Where the rootfs can have a zygote, its shelf
+is filled by one as soon as that is ready; until then, and where none can be, by slots without an interpreter.
+
+Nothing here is a security step: a slot of the pool and one that was made this moment have gone through the same code,
+and which workspace it is for, no slot knows before it is taken.
+"""
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from jhansi_runtime.engine.delegation import Delegation
+from jhansi_runtime.engine.launcher import Launcher, LauncherProcess
+from jhansi_runtime.engine.processors import Processors
+from jhansi_runtime.engine.slot import Progress, Slot
+from jhansi_runtime.engine.slots import Wanted
+from jhansi_runtime.engine.zygote import ZygoteProcess
+from jhansi_runtime.errors import HostError
+from jhansi_runtime.isolation import cgroup
+from jhansi_runtime.isolation.cgroup import Limits
+from jhansi_runtime.isolation.channel import Zygote
+
+__all__ = ["Figures", "Pool", "Sizes"]
+
+_TURN_SECONDS = 5.0  # how often the keeper looks at shelves that nobody has taken from
+_READY_WITHIN_SECONDS = 30.0
+_RETRY_SECONDS = 1.0  # after a failure; twice as long after each further one, up to
+_LONGEST_RETRY_SECONDS = 300.0
+_IDLE_LIMITS = Limits(
+    memory=512 << 20, processes=128, cpus=1.0
+)  # of a slot that waits; an exec's own come when it does
+
+
+class Sizes(NamedTuple):
+    """How many slots wait at most, of all kinds together, and at least, of each kind that was wanted twice.
+
+    A slot that has waited for age seconds is replaced, as is a zygote of zygote_age; a kind that nobody has wanted for
+    rest seconds has its slots and its zygote ended.
+    """
+
+    minimum: int = 0
+    maximum: int = 8
+    age: float = 300.0
+    rest: float = 600.0
+    zygote_age: float = 3600.0
+
+
+class Figures(NamedTuple):
+    """What the pool has done: slots taken that had waited, slots made on demand; slots and zygotes there are now."""
+
+    hits: int
+    misses: int
+    idle: int
+    zygotes: int
+
+
+class _Key(NamedTuple):
+    """What slots that are alike have in common: Wanted, but for what an order or a cgroup says later."""
+
+    wanted: Wanted
+    zygote: Zygote | None
+
+
+class _Source:
+    """A zygote on its way, there, or failed; and how many slots of its there are."""
+
+    def __init__(self) -> None:
+        self.process: ZygoteProcess | None = None
+        self.is_ready = False
+        self.began = 0.0
+        self.slots = 0
+        self.is_leaving = False
+
+
+class _Made:
+    """A slot of the pool: since when it is there, which CPUs it was made for, whose it is."""
+
+    def __init__(self, slot: Slot, processors: tuple[int, ...], source: _Source | None) -> None:
+        self.slot = slot
+        self.processors = processors
+        self.source = source
+        self.since = time.monotonic()
+
+    def has_died(self, launcher: LauncherProcess) -> bool:
+        """Say whether its init has ended, or is about to because whoever it descends from has."""
+        process = None if self.source is None else self.source.process
+        return self.slot.has_died() or launcher.has_ended() or (process is not None and process.has_ended())
+
+
+class _Shelf:
+    """Slots of one kind: those that wait, those that are being built, and how many there are to be."""
+
+    def __init__(self, key: _Key) -> None:
+        self.key = key
+        self.idle: list[_Made] = []
+        self.building: list[_Made] = []
+        self.target = 0
+        self.lowest = 0  # of slots that waited, since somebody last looked
+        self.last_taken = time.monotonic()
+        self.takes = 0
+        self.retry_at = 0.0
+        self.failures = 0
+
+    def failed(self) -> None:
+        """Leave it alone for a while: the caller of an exec is told why it cannot be, and not the keeper."""
+        self.failures += 1
+        self.retry_at = time.monotonic() + min(_LONGEST_RETRY_SECONDS, _RETRY_SECONDS * 2**self.failures)
+
+
+class Pool:
+    """Slots ahead (engine.Slots). launcher makes those that no zygote makes.
+
+    The keeper is started when something is wanted for the second time, and ended by close().
+    """
+
+    def __init__(self, launcher: LauncherProcess, sizes: Sizes) -> None:
+        self._launcher = launcher
+        self._sizes = sizes
+        self._processors = Processors()
+        self._lock = threading.Lock()
+        self._shelves: dict[_Key, _Shelf] = {}
+        self._sources: dict[Zygote, _Source] = {}
+        self._leaving: list[_Source] = []
+        self._dropped: list[_Made] = []
+        self._retries: dict[Zygote, tuple[float, float]] = {}
+        self._hits = self._misses = 0
+        self._keeper: threading.Thread | None = None
+        self._wake: tuple[int, int] | None = None
+        self._is_closed = False
+
+    def delegation(self) -> Delegation:
+        """See Slots."""
+        return self._launcher.delegation()
+
+    def figures(self) -> Figures:
+        """Return what there is and what it was good for."""
+        with self._lock:
+            idle = sum(len(shelf.idle) for shelf in self._shelves.values())
+            return Figures(self._hits, self._misses, idle, sum(source.is_ready for source in self._sources.values()))
+
+    @contextmanager
+    def taken(self, wanted: Wanted) -> Iterator[Slot]:
+        """See Slots."""
+        made = self._take(wanted) or self._make(wanted)
+        try:
+            group = made.slot.group
+            if group is not None and made.slot.is_ready and made.slot.container.cgroup != wanted.limits:
+                _limit(group, wanted.limits)
+            yield made.slot
+        finally:
+            self._end(made)
+
+    def close(self) -> None:
+        """See Slots."""
+        with self._lock:
+            self._is_closed = True
+            self._nudge()
+        if self._keeper is not None:
+            self._keeper.join()
+        self._launcher.close()
+
+    def wait(self) -> None:
+        """See Slots."""
+        self._launcher.wait()
+
+    # --- taking -----------------------------------------------------------------------------------------------------
+
+    def _take(self, wanted: Wanted) -> _Made | None:
+        """Take a slot that waits; note that it was wanted, whether there is one or not."""
+        key = _key(wanted)
+        with self._lock:
+            shelf = self._shelves.setdefault(key, _Shelf(key))
+            shelf.takes += 1
+            shelf.last_taken = time.monotonic()
+            made = None
+            while shelf.idle and made is None:
+                made = shelf.idle.pop()
+                if made.has_died(self._launcher):
+                    self._drop(made)
+                    made = None
+            if made is None:
+                self._misses += 1
+                if shelf.takes > 1:
+                    shelf.target = min(self._sizes.maximum, max(shelf.target + 1, self._sizes.minimum))
+            else:
+                self._hits += 1
+            shelf.lowest = min(shelf.lowest, len(shelf.idle))
+            if shelf.target:
+                self._start_keeper()
+                self._nudge()
+        return made
+
+    def _make(self, wanted: Wanted) -> _Made:
+        """Have a slot built now, which the caller's order need not wait for."""
+        processors = self._processors.take(wanted.cpus)
+        container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
+        source = self._ready_source(wanted.zygote)
+        try:
+            if source is not None and source.process is not None:
+                try:
+                    slot = Slot(container, source.process, has_interpreter=True, begins_next=False)
+                    return _Made(slot, processors, source)
+                except HostError:  # it has died this moment; the keeper will see
+                    self._leave(source)
+            return _Made(Slot(container, self._launcher), processors, None)
+        except HostError:
+            self._processors.give_back(processors)
+            raise
+
+    def _ready_source(self, zygote: Zygote | None) -> _Source | None:
+        """Return the zygote's process if it is ready, counted as having one slot more."""
+        with self._lock:
+            source = None if zygote is None else self._sources.get(zygote)
+            if source is None or not source.is_ready:
+                return None
+            source.slots += 1
+            return source
+
+    def _end(self, made: _Made) -> None:
+        made.slot.close()
+        self._processors.give_back(made.processors)
+        if made.source is not None:
+            self._leave(made.source)
+
+    def _leave(self, source: _Source) -> None:
+        with self._lock:
+            source.slots -= 1
+            if source.is_leaving and source.slots == 0:
+                self._nudge()
+
+    # --- the keeper -------------------------------------------------------------------------------------------------
+
+    def _start_keeper(self) -> None:
+        if self._keeper is None and not self._is_closed:
+            self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._keeper = threading.Thread(target=self._keep, name="jhansi-pool", daemon=True)
+            self._keeper.start()
+
+    def _nudge(self) -> None:
+        """Have the keeper look, if there is one. Whoever calls holds the lock."""
+        if self._wake is not None:
+            try:
+                os.write(self._wake[1], b".")
+            except BlockingIOError:  # it has been nudged often enough
+                return
+
+    def _keep(self) -> None:
+        """Be the keeper: have what is to be there built, and what is not to be there ended, until the pool closes."""
+        assert self._wake is not None  # noqa: S101 - see _start_keeper
+        looked = time.monotonic()
+        try:
+            while not self._is_closed:
+                ready = self._poll(self._wake[0])
+                if time.monotonic() - looked > _TURN_SECONDS:
+                    looked = time.monotonic()
+                    self._review()
+                self._hear(ready)
+                self._fill()
+                self._end_dropped()
+        finally:
+            self._clear()
+
+    def _poll(self, wake: int) -> set[int]:
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        with self._lock:
+            for shelf in self._shelves.values():
+                for made in shelf.building:
+                    poll.register(made.slot.channel, select.POLLIN)
+                for made in shelf.idle:
+                    poll.register(made.slot.channel, select.POLLIN)  # what waits says nothing, but that it has ended
+            for source in self._sources.values():
+                if source.process is not None:
+                    poll.register(source.process.pidfd if source.is_ready else source.process.channel, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(_TURN_SECONDS * 1000)}
+        if wake in ready:
+            os.read(wake, 4096)
+        return ready
+
+    def _hear(self, ready: set[int]) -> None:
+        """See to what has something to say: slots that are built, or have died; zygotes likewise."""
+        with self._lock:
+            building = [(shelf, made) for shelf in self._shelves.values() for made in shelf.building]
+            for shelf in self._shelves.values():
+                for made in [made for made in shelf.idle if made.slot.channel in ready]:
+                    shelf.idle.remove(made)
+                    self._drop(made)
+            sources = list(self._sources.items())
+        for shelf, made in building:
+            if made.slot.channel in ready:
+                self._progress(shelf, made)
+            elif time.monotonic() - made.since > _READY_WITHIN_SECONDS:
+                self._give_up(shelf, made)
+        for zygote, source in sources:
+            self._hear_zygote(zygote, source, ready)
+
+    def _progress(self, shelf: _Shelf, made: _Made) -> None:
+        message = made.slot.receive()
+        if message is Progress.LAUNCHED:
+            return
+        if message is not Progress.READY:
+            self._give_up(shelf, made)
+            return
+        with self._lock:
+            shelf.building.remove(made)
+            shelf.failures = 0
+            made.since = time.monotonic()
+            shelf.idle.append(made)
+
+    def _give_up(self, shelf: _Shelf, made: _Made) -> None:
+        with self._lock:
+            shelf.building.remove(made)
+            shelf.failed()
+        self._end(made)
+
+    def _fill(self) -> None:
+        """Have zygotes started and slots built where some are missing."""
+        with self._lock:
+            shelves = [shelf for shelf in self._shelves.values() if shelf.target]
+        for shelf in sorted(shelves, key=lambda shelf: -shelf.last_taken):
+            zygote = shelf.key.zygote
+            if zygote is not None:
+                self._start_zygote(zygote)
+            while self._is_short(shelf):
+                if not self._build(shelf):
+                    break
+
+    def _is_short(self, shelf: _Shelf) -> bool:
+        if time.monotonic() < shelf.retry_at or self._is_closed:
+            return False
+        with self._lock:
+            there = sum(len(other.idle) + len(other.building) for other in self._shelves.values())
+            is_short = len(shelf.idle) + len(shelf.building) < shelf.target
+            if is_short and there >= self._sizes.maximum:
+                return self._make_room(shelf)
+            return is_short
+
+    def _make_room(self, shelf: _Shelf) -> bool:
+        """End a slot of the kind that was wanted longest ago, if that is another kind."""
+        others = [other for other in self._shelves.values() if other.idle and other.last_taken < shelf.last_taken]
+        if not others:
+            return False
+        oldest = min(others, key=lambda other: other.last_taken)
+        oldest.target = max(0, oldest.target - 1)
+        self._drop(oldest.idle.pop(0))
+        return True
+
+    def _build(self, shelf: _Shelf) -> bool:
+        """Have one slot built. False where it cannot be at the moment."""
+        wanted = shelf.key.wanted
+        processors = self._processors.take(wanted.cpus)
+        source = self._ready_source(shelf.key.zygote)
+        launcher: Launcher = self._launcher if source is None or source.process is None else source.process
+        try:
+            container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
+            slot = Slot(container, launcher, has_interpreter=source is not None, begins_next=False)
+        except HostError:
+            self._processors.give_back(processors)
+            if source is not None:
+                self._leave(source)
+            with self._lock:
+                shelf.failed()
+            return False
+        with self._lock:
+            shelf.building.append(_Made(slot, processors, source))
+        return True
+
+    def _review(self) -> None:
+        """Let go of what is old, and of what nobody wants any more."""
+        now = time.monotonic()
+        with self._lock:
+            for key, shelf in list(self._shelves.items()):
+                if now - shelf.last_taken > self._sizes.rest:
+                    shelf.target = 0
+                elif shelf.lowest > 0:
+                    shelf.target = max(self._sizes.minimum, 1, shelf.target - shelf.lowest)
+                shelf.lowest = len(shelf.idle)
+                while len(shelf.idle) > shelf.target or (shelf.idle and now - shelf.idle[0].since > self._sizes.age):
+                    self._drop(shelf.idle.pop(0))
+                if not shelf.target and not shelf.building:
+                    del self._shelves[key]
+            zygotes = {shelf.key.zygote for shelf in self._shelves.values() if shelf.target}
+            for zygote, source in list(self._sources.items()):
+                if zygote not in zygotes or (source.is_ready and now - source.began > self._sizes.zygote_age):
+                    self._retire(zygote, source)
+
+    def _drop(self, made: _Made) -> None:
+        """Let go of a slot that nobody has; the keeper ends it. Whoever calls holds the lock, which that would not."""
+        self._dropped.append(made)
+
+    def _end_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+        for made in dropped:
+            self._end(made)
+        with self._lock:
+            ended = [source for source in self._leaving if source.slots == 0]
+            self._leaving = [source for source in self._leaving if source.slots]
+        for source in ended:
+            _end_process(source)
+
+    def _clear(self) -> None:
+        """End all there is."""
+        with self._lock:
+            for shelf in self._shelves.values():
+                for made in (*shelf.idle, *shelf.building):
+                    self._drop(made)
+            self._shelves.clear()
+        self._end_dropped()
+        with self._lock:
+            sources = [*self._sources.values(), *self._leaving]
+            self._sources.clear()
+            self._leaving.clear()
+            wake, self._wake = self._wake, None
+        for source in sources:
+            _end_process(source)
+        for descriptor in wake or ():
+            os.close(descriptor)
+
+    # --- zygotes ----------------------------------------------------------------------------------------------------
+
+    def _start_zygote(self, zygote: Zygote) -> None:
+        with self._lock:
+            retry_at, _ = self._retries.get(zygote, (0.0, 0.0))
+            if zygote in self._sources or time.monotonic() < retry_at:
+                return
+            source = self._sources[zygote] = _Source()
+        source.began = time.monotonic()
+        try:
+            source.process = ZygoteProcess(zygote, self._launcher)
+        except HostError:
+            self._zygote_failed(zygote, source)
+
+    def _hear_zygote(self, zygote: Zygote, source: _Source, ready: set[int]) -> None:
+        process = source.process
+        if process is None:
+            return
+        if source.is_ready:
+            if process.pidfd in ready:
+                self._zygote_failed(zygote, source)
+        elif process.channel in ready:
+            try:
+                process.await_ready()
+            except HostError:
+                self._zygote_failed(zygote, source)
+                return
+            with self._lock:
+                source.is_ready = True
+                self._retries.pop(zygote, None)
+                self._replace_plain(zygote)
+
+    def _replace_plain(self, zygote: Zygote) -> None:
+        """Let go of the slots without an interpreter that stood in for the zygote's. Whoever calls holds the lock."""
+        for shelf in self._shelves.values():
+            if shelf.key.zygote == zygote:
+                for made in [made for made in shelf.idle if made.source is None]:
+                    shelf.idle.remove(made)
+                    self._drop(made)
+
+    def _zygote_failed(self, zygote: Zygote, source: _Source) -> None:
+        with self._lock:
+            _, waited = self._retries.get(zygote, (0.0, _RETRY_SECONDS))
+            wait = min(_LONGEST_RETRY_SECONDS, waited * 2)
+            self._retries[zygote] = (time.monotonic() + wait, wait)
+            self._retire(zygote, source)
+
+    def _retire(self, zygote: Zygote, source: _Source) -> None:
+        """Take no more slots of it; it is ended when nobody uses one any more. Whoever calls holds the lock."""
+        del self._sources[zygote]
+        source.is_leaving = True
+        self._leaving.append(source)
+        for shelf in self._shelves.values():
+            for made in [made for made in shelf.idle if made.source is source]:
+                shelf.idle.remove(made)
+                self._drop(made)
+
+
+def _key(wanted: Wanted) -> _Key:
+    return _Key(wanted._replace(limits=_IDLE_LIMITS, zygote=None), wanted.zygote)
+
+
+def _limit(group: int, limits: Limits) -> None:
+    """Have the cgroup of a slot that has waited enforce the limits of its exec."""
+    try:
+        cgroup.limit(group, limits)
+    except OSError as error:
+        raise HostError(f"the limits cannot be set: {error}", remedy="run: jhansi-run doctor") from error
+
+
+def _end_process(source: _Source) -> None:
+    if source.process is not None:
+        source.process.close()
+        source.process.wait()
