@@ -12,7 +12,7 @@ to, or None for that of this process.
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple
 
@@ -166,11 +166,12 @@ def write_all(fd: int, data: bytes) -> None:
 # --- walking ----------------------------------------------------------------------------------------------
 
 
-def walk(folder: int, *, limit: int, recursive: bool = True) -> Iterator[Entry]:
+def walk(folder: int, *, limit: int, recursive: bool = True) -> Generator[Entry, None, None]:
     """Everything below the folder, each folder before what is in it, in the order of names.
 
     Unless recursive, only what is in the folder itself.
     What vanishes meanwhile is left out. InvalidRequestError once there are more than `limit` entries.
+    Whoever lets something else go through it closes it, for that may fail half way: until then an entry is held open.
     """
     pending, seen = _names(folder, "", limit), 0
     while pending:

@@ -396,7 +396,7 @@ class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     minimum: Annotated[int, Meta(ge=0, le=10_000, description="slots of each kind, at least")] = 0
-    maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 8
+    maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 0
     zygotes: bool = True
     preload: dict[str, list[str]] = {}
 

@@ -271,8 +271,9 @@ class Workspace:
                     self._set_aside(inside, os.fstat(handle).st_size)
                     beneath.copy_file(handle, parent, name, self.owner)
                     return [self._info(inside)]
-                entries = self._fitting(inside, beneath.walk(handle, limit=MOST_COPIED))
-                paths = [path for path, _ in beneath.copy_folder(handle, entries, parent, name, self.owner)]
+                with closing(beneath.walk(handle, limit=MOST_COPIED)) as walked:
+                    entries = self._fitting(inside, walked)
+                    paths = [path for path, _ in beneath.copy_folder(handle, entries, parent, name, self.owner)]
                 return [self._info(_joined(inside, path)) for path in paths]
 
     def get(self, path: str, output: str, *, left_out: Callable[[str], None] | None = None) -> int:
@@ -517,15 +518,16 @@ def _copy_out(folder: int, parent: int, name: str, left_out: Callable[[str], Non
     missing: list[str] = []
     report = left_out or missing.append
 
-    def fit() -> Iterator[beneath.Entry]:
-        for entry in beneath.walk(folder, limit=MOST_COPIED):
+    def fit(walked: Iterable[beneath.Entry]) -> Iterator[beneath.Entry]:
+        for entry in walked:
             reason = beneath.obstacle(entry)
             if reason:
                 report(f"{entry.path!r} {reason}")
             else:
                 yield entry
 
-    copied = sum(size for _, size in beneath.copy_folder(folder, fit(), parent, name, None))
+    with closing(beneath.walk(folder, limit=MOST_COPIED)) as walked:
+        copied = sum(size for _, size in beneath.copy_folder(folder, fit(walked), parent, name, None))
     if missing:
         more = f"; and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         raise InvalidRequestError(f"all was copied but this: {'; '.join(missing[:MOST_NAMED])}{more}")

@@ -218,13 +218,15 @@ def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
     launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
     of_init = [step for function in ("_begin", "_build", "_say_ready", "_run") for step in steps_of(inside, function)]
     of_launcher = [*steps_of(launch, "begin"), *steps_of(launch, "launch")]
+    of_zygote = [*steps_of(launch, "launch_zygote"), *steps_of(job, "_confine_in_place")]
     in_order = [*(step for step in of_launcher if step not in doctor.CGROUP_STEPS), *of_init, EXECVE]
     calls = [call for module in (launch, inside, job) for call in named_calls(module)]
     failures = {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}
 
     assert tuple(in_order) == doctor.STEPS
     assert set(doctor.CGROUP_STEPS) <= set(of_launcher)
-    assert len([call for call in calls if call.func.id == "step"]) == len((*doctor.STEPS, *doctor.CGROUP_STEPS)) - 1
+    of_container = [*doctor.STEPS, *doctor.CGROUP_STEPS]
+    assert len([call for call in calls if call.func.id == "step"]) == len(of_container) - 1 + len(of_zygote)
     assert failures <= {"EXECVE", *map(repr, doctor.STEPS)}
 
 

@@ -25,6 +25,7 @@ OURS = {
     "jhansi_runtime.engine.processors",
     "jhansi_runtime.engine.pump",
     "jhansi_runtime.engine.slot",
+    "jhansi_runtime.engine.slots",
     "jhansi_runtime.engine.watchdog",
     "jhansi_runtime.engine.watches",
     "jhansi_runtime.engine.wiring",

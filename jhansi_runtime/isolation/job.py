@@ -108,8 +108,7 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
         if order.sole_program:
             landlock.restrict_to_program(root, order.argv[0], order.environment.get(b"PATH", os.defpath.encode()))
     if order.as_main:
-        with step("main program"):
-            _show(order, show)
+        _confine_in_place(order, show)
     # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
@@ -119,11 +118,13 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
         seccomp.install(order.filters)
 
 
-def _show(order: Order, show: Show | None) -> None:
-    if show is None:
-        raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
-    show(order)
-    prctl.set_dumpable(1)  # as after execve: what is its own in /proc is for it to read
+def _confine_in_place(order: Order, show: Show | None) -> None:
+    """Do what execve would."""
+    with step("main program"):
+        if show is None:
+            raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
+        show(order)
+        prctl.set_dumpable(1)  # what is its own in /proc is for it to read
 
 
 def _execute(order: Order) -> NoReturn:
