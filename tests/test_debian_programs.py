@@ -43,6 +43,7 @@ extensions = [".py"]
 run = ["/usr/bin/python3", "{file}"]
 """
 GIT = r"""
+export GIT_AUTHOR_DATE=2026-01-01T00:00:00Z GIT_COMMITTER_DATE=2026-01-01T00:00:00Z # the log goes by it
 git init --quiet --initial-branch=main repository
 cd repository
 git config user.name sandbox && git config user.email sandbox@localhost
