@@ -1,4 +1,5 @@
-"""The kernel's calls that Python lacks: each a thin wrapper that raises OSError. The only user of ctypes.
+"""The kernel's calls that Python lacks: each a thin wrapper that raises OSError. The host's only user of
+ctypes; a zygote's interpreter has more (cpython.py).
 
 Constants stand beside the call they belong to, under the kernel's own names, with the man page that explains
 them. Nothing here decides anything. Paths are bytes or text as os.fsencode takes them; a directory
