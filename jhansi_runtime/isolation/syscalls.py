@@ -1,6 +1,6 @@
-"""The kernel's calls that Python lacks: each a thin wrapper that raises OSError. The host's only user of
-ctypes; a zygote's interpreter has more (cpython.py).
+"""The kernel's calls that Python lacks: each a thin wrapper that raises OSError.
 
+The host's only user of ctypes; a zygote's interpreter has more (cpython.py).
 Constants stand beside the call they belong to, under the kernel's own names, with the man page that explains
 them. Nothing here decides anything. Paths are bytes or text as os.fsencode takes them; a directory
 descriptor `at` and a relative path name a place without resolving a string twice.
