@@ -99,8 +99,8 @@ def _forget_all_but(modules: Collection[str], importers: Collection[str]) -> Non
     """Leave no trace of this package in what an import sees; a module that we use as well is loaded again by others."""
     for name in set(sys.modules).difference(modules) | {_SITE}:
         sys.modules.pop(name, None)
-    for entry in set(sys.path_importer_cache).difference(importers):
-        del sys.path_importer_cache[entry]
+    for entry in set(sys.path_importer_cache).difference(importers).union(_OURS):
+        sys.path_importer_cache.pop(entry, None)
 
 
 def _imported(name: str) -> ModuleType | None:
