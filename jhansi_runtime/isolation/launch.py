@@ -68,7 +68,7 @@ def begin(host_id: int | None, branch: Branch | None = None, start_job: StartJob
             with step("cgroup"):
                 group = cgroup.make(branch)
         with step("namespaces"):
-            pid, pidfd = _clone(group)
+            pid, pidfd = _clone(NAMESPACES, group)
         if pid == 0:
             inside.main(theirs, host_id, command_line, start_job)
         begun = Begun(pid, pidfd, ours, host_id, group)
@@ -138,7 +138,7 @@ def launch_zygote(zygote: Zygote, channel: Channel, branch: Branch | None = None
             ours, theirs = messages.pair()
         try:
             with step("namespaces"):
-                pid, pidfd = _clone(None, _ZYGOTES_NAMESPACES)
+                pid, pidfd = _clone(_ZYGOTES_NAMESPACES, None)
             if pid == 0:
                 outer.main(theirs, channel, zygote, None if branch is None else branch.descriptor)
             try:
@@ -202,7 +202,7 @@ def _is_fit(begun: Begun, container: Container) -> bool:
     return begun.host_id == container.host_id and has_its_cgroup and not has_ended
 
 
-def _clone(group: Group | None, namespaces: int = NAMESPACES) -> tuple[int, int]:
+def _clone(namespaces: int, group: Group | None) -> tuple[int, int]:
     """Clone init as a process whose id map this one may write: one that is dumpable. It sees to the rest itself."""
     before = prctl.get_dumpable()
     prctl.set_dumpable(1)
