@@ -55,10 +55,14 @@ class Sizes(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the pool has done: slots taken that had waited, slots made on demand; slots and zygotes there are now."""
+    """What the pool has done: slots taken that had waited, slots made on demand, how many of both had an interpreter.
+
+    And what there is now: slots that wait, zygotes that are ready.
+    """
 
     hits: int
     misses: int
+    interpreters: int
     idle: int
     zygotes: int
 
@@ -132,7 +136,7 @@ class Pool:
         self._leaving: list[_Source] = []
         self._dropped: list[_Made] = []
         self._retries: dict[Zygote, tuple[float, float]] = {}
-        self._hits = self._misses = 0
+        self._hits = self._misses = self._interpreters = 0
         self._keeper: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self._is_closed = False
@@ -145,12 +149,15 @@ class Pool:
         """Return what there is and what it was good for."""
         with self._lock:
             idle = sum(len(shelf.idle) for shelf in self._shelves.values())
-            return Figures(self._hits, self._misses, idle, sum(source.is_ready for source in self._sources.values()))
+            zygotes = sum(source.is_ready for source in self._sources.values())
+            return Figures(self._hits, self._misses, self._interpreters, idle, zygotes)
 
     @contextmanager
     def taken(self, wanted: Wanted) -> Iterator[Slot]:
         """See Slots."""
         made = self._take(wanted) or self._make(wanted)
+        with self._lock:
+            self._interpreters += made.slot.has_interpreter
         try:
             group = made.slot.group
             if group is not None and made.slot.is_ready and made.slot.container.cgroup != wanted.limits:

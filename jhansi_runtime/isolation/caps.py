@@ -7,9 +7,17 @@ are cleared whole.
 
 import prctl
 
-from jhansi_runtime.isolation.syscalls import capbset_drop, capset_empty
+from jhansi_runtime.isolation.syscalls import capability_ambient, capbset_drop, capset_empty, capset_inheritable
 
-__all__ = ["drop_all"]
+__all__ = ["drop_all", "keep_all"]
+
+
+def keep_all() -> None:
+    """Have execve leave all that this process has, though it is not root of its user namespace."""
+    capset_inheritable()
+    capability = 0
+    while capability_ambient(capability):
+        capability += 1
 
 
 def drop_all() -> None:

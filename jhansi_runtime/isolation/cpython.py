@@ -84,6 +84,7 @@ def run_next(interpreter: Interpreter, argv: Sequence[bytes], environment: dict[
         stream = _reopened(getattr(sys, f"__{name}__"), descriptor, mode)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    ctypes.set_errno(0)  # a job's own ctypes would show what went wrong here
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)

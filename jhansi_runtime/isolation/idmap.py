@@ -27,23 +27,23 @@ def host_id_by_default() -> int | None:
     return HOST_ID_FOR_ROOT if os.geteuid() == 0 else None
 
 
-def map_from_parent(pid: int, host_id: int | None, inside: int = SANDBOX_ID) -> None:
-    """Map the id `inside` in the namespace of `pid` to host_id, or to the caller when it is None."""
+def map_from_parent(pid: int, host_id: int | None) -> None:
+    """Map SANDBOX_ID in the namespace of `pid` to host_id, or to the caller when it is None."""
     uid, gid = (os.geteuid(), os.getegid()) if host_id is None else (host_id, host_id)
     # Without setgroups denied, the kernel refuses an unprivileged gid map (CVE-2014-8989). With a host_id the writer
     # is root, and the child must still be able to drop root's supplementary groups.
     if host_id is None:
         _write(f"/proc/{pid}/setgroups", "deny")
-    _write(f"/proc/{pid}/uid_map", f"{inside} {uid} 1")
-    _write(f"/proc/{pid}/gid_map", f"{inside} {gid} 1")
+    _write(f"/proc/{pid}/uid_map", f"{SANDBOX_ID} {uid} 1")
+    _write(f"/proc/{pid}/gid_map", f"{SANDBOX_ID} {gid} 1")
 
 
-def become_sandbox(host_id: int | None, inside: int = SANDBOX_ID) -> None:
-    """Leave root's ids, which the map does not hold, for the one it does. An ordinary user has that already."""
+def become_sandbox(host_id: int | None) -> None:
+    """Leave root's ids, which the map does not hold, for the sandbox's. An ordinary user has them already."""
     if host_id is not None:
         os.setgroups([])
-        os.setresgid(inside, inside, inside)
-        os.setresuid(inside, inside, inside)
+        os.setresgid(SANDBOX_ID, SANDBOX_ID, SANDBOX_ID)
+        os.setresuid(SANDBOX_ID, SANDBOX_ID, SANDBOX_ID)
 
 
 def allow_one_more_namespace() -> None:

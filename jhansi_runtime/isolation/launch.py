@@ -143,7 +143,7 @@ def launch_zygote(zygote: Zygote, channel: Channel, branch: Branch | None = None
                 outer.main(theirs, channel, zygote, None if branch is None else branch.descriptor)
             try:
                 with step("id map"):
-                    idmap.map_from_parent(pid, zygote.host_id, outer.ID)
+                    idmap.map_from_parent(pid, zygote.host_id)
                 channel.send(messages.LAUNCHED, messages.encode_pid(pid), (pidfd,))
                 ours.send(messages.MAPPED)
             except (StepError, BrokenPipeError):

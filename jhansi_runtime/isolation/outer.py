@@ -12,16 +12,15 @@ from typing import NoReturn
 
 import prctl
 
+from jhansi_runtime.isolation import caps, idmap, mounts
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import idmap, mounts
 from jhansi_runtime.isolation.channel import Channel, Failure, Zygote
 from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.spawn import CONNECTION
 from jhansi_runtime.isolation.steps import StepError, step
 
-__all__ = ["BRANCH", "ID", "PRELOAD", "main"]
+__all__ = ["BRANCH", "PRELOAD", "main"]
 
-ID = 0  # inside: the id whose capabilities execve leaves alone (capabilities(7))
 BRANCH = CONNECTION + 1  # the zygote's descriptor of the launcher's branch of the cgroup tree
 PRELOAD = "JHANSI_PRELOAD"  # the variable that tells a zygote what to import
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -55,7 +54,9 @@ def _become(launcher: Channel, host: Channel, zygote: Zygote, branch: int | None
         sources = mounts.open_sources(zygote.tree, zygote.workspaces, zygote.binds)
         package = os.open(_PACKAGE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     with step("ids"):
-        idmap.become_sandbox(zygote.host_id, ID)
+        # Not root inside: whoever is would own what /proc tells of a process that is not dumpable, init for one, and
+        # the jobs are the same user outside.
+        idmap.become_sandbox(zygote.host_id)
     with step("process"):
         prctl.set_pdeathsig(signal.SIGKILL)
     with step("mounts"):
@@ -63,6 +64,7 @@ def _become(launcher: Channel, host: Channel, zygote: Zygote, branch: int | None
     with step("pivot_root"):
         mounts.enter_root(root)
     with step("zygote"):
+        caps.keep_all()
         _execute(zygote, host.fileno(), branch)
 
 

@@ -13,8 +13,10 @@ import struct
 
 __all__ = [
     "BPF_PROGRAM_UNIT",
+    "capability_ambient",
     "capbset_drop",
     "capset_empty",
+    "capset_inheritable",
     "clone3",
     "close_range",
     "command_line_span",
@@ -315,6 +317,29 @@ def capset_empty() -> None:
     header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
     if _libc.capset(header, bytes(24)) == -1:
         raise _oserror()
+
+
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
+
+
+def capset_inheritable() -> None:
+    """Make every permitted capability inheritable and effective as well."""
+    header, data = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), ctypes.create_string_buffer(24)
+    if _libc.capget(header, data) == -1:
+        raise _oserror()
+    _, low, _, _, high, _ = struct.unpack("6I", data.raw)
+    if _libc.capset(header, struct.pack("6I", low, low, low, high, high, high)) == -1:
+        raise _oserror()
+
+
+def capability_ambient(capability: int) -> bool:
+    """Have one capability outlive execve; False when this kernel has none of that number (prctl(2), EINVAL)."""
+    arguments = (_PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+    if _libc.prctl(_PR_CAP_AMBIENT, *map(ctypes.c_ulong, arguments)) == 0:
+        return True
+    if ctypes.get_errno() == errno.EINVAL and capability > 0:
+        return False
+    raise _oserror()
 
 
 def command_line_span() -> tuple[int, int]:

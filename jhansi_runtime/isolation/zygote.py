@@ -41,7 +41,6 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
     there too, where the rootfs has no sitecustomize, which this stood in for.
     """
     channel = Channel(_socket.socket(fileno=CONNECTION))
-    prctl.set_dumpable(0)
     try:
         site, interpreter, skipped = _prepared(modules, importers)
     except OSError as error:
@@ -59,6 +58,7 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
     order = job.confined(*waiting, lambda order: cpython.show(order.argv, order.environment))
     cpython.run_next(interpreter, order.argv, order.environment)
     _forget_all_but(*kept)
+    gc.unfreeze()
     gc.enable()
     if site is None:
         raise ImportError(f"No module named {_SITE!r}", name=_SITE)
@@ -81,6 +81,7 @@ def _prepared(
     modules to preload could not be imported.
     """
     interpreter = cpython.find(PLACEHOLDER)
+    prctl.set_dumpable(0)  # its own memory, in which that looks, is closed to it from now on
     cpython.show([os.fsencode(word) for word in sys.orig_argv], {})  # whether the kernel lets a job do so
     preload = [name for name in os.environ.pop(PRELOAD, "").split(",") if name]
     del os.environ["PYTHONPATH"]
