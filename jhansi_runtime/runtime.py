@@ -62,8 +62,9 @@ class Runtime:
 
     paths say where things live, by default as the environment does (CONTRACT: Environment). progress is called with a
     line for a person when something takes long. slots are where execs get their containers from; by default those of a
-    pool, whose launcher is started for the first exec. With a launcher instead, each is built when it is wanted.
-    Opening it settles what killed processes left: their execs get an exec.end of status `lost`.
+    launcher that is started for the first exec: built when they are wanted, or ahead by a pool where the settings ask
+    for one. With a launcher instead, that one builds them. Opening it settles what killed processes left: their execs
+    get an exec.end of status `lost`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Who builds the containers: a launcher process, or this very process where it has one thread and little memory.
 
-Both offer the same two verbs, launch and reap, and a Slot does not tell them apart.
+Both offer the same verbs, and a Slot does not tell them apart.
 """
 
 import _thread
@@ -18,30 +18,34 @@ from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Channel, Container, Failure, Reaped, Zygote
 from jhansi_runtime.isolation.spawn import Spawned, spawn
 
-__all__ = ["Connection", "InProcess", "Launcher", "LauncherProcess"]
+__all__ = ["Connection", "InProcess", "Launcher", "LauncherProcess", "Parent"]
 
 _Answer = TypeVar("_Answer")
 
 _ATTEMPTS = 2  # the first may find that the launcher has died since it was last used
 
 
-class Launcher(Protocol):
-    """What a Slot needs: someone to clone init, and later to wait for it, as only its parent can."""
-
-    def delegation(self) -> Delegation:
-        """Return where this launcher makes the cgroups of containers, or why it makes none."""
-
-    def launch(self, container: Container, channel: Channel) -> None:
-        """Begin a container whose init talks over `channel`; how it goes is told there."""
-
-    def begin(self) -> None:
-        """Prepare for the next launch, if that is to be done ahead; this does not wait."""
+class Parent(Protocol):
+    """Whose child an init is, and who alone can wait for it: no launcher that is started after it."""
 
     def reap(self, pid: int) -> Reaped:
         """Wait until the kernel has taken a killed container down, and return what it used."""
 
     def release(self, pid: int) -> None:
         """See that an init is reaped that is ending by itself; this need not wait for it."""
+
+
+class Launcher(Protocol):
+    """What a Slot needs: someone to clone init."""
+
+    def delegation(self) -> Delegation:
+        """Return where this launcher makes the cgroups of containers, or why it makes none."""
+
+    def launch(self, container: Container, channel: Channel) -> Parent:
+        """Begin a container whose init talks over `channel`; how it goes is told there. Return init's parent."""
+
+    def begin(self) -> None:
+        """Prepare for the next launch, if that is to be done ahead; this does not wait."""
 
     def close(self) -> None:
         """End the launcher, and every container of its; wait() returns when it has ended."""
@@ -57,23 +61,24 @@ class InProcess:
         """See Launcher. To hand controllers down this process would have to be moved, which its owner has not asked."""
         return none("this process is its own launcher", remedy="let a launcher process build the containers")
 
-    def launch(self, container: Container, channel: Channel) -> None:
+    def launch(self, container: Container, channel: Channel) -> Parent:
         """See Launcher."""
         from jhansi_runtime.isolation.launch import launch  # noqa: PLC0415 - a launcher process loads it elsewhere
 
         launch(container, channel)
+        return self
 
     def begin(self) -> None:
         """See Launcher. Whoever is a launcher by the way does nothing ahead."""
 
     def reap(self, pid: int) -> Reaped:
-        """See Launcher."""
+        """See Parent."""
         from jhansi_runtime.isolation.launch import reap  # noqa: PLC0415 - likewise
 
         return reap(pid)
 
     def release(self, pid: int) -> None:
-        """See Launcher. Here somebody has to wait: this process is the parent."""
+        """See Parent. Here somebody has to wait."""
         self.reap(pid)
 
     def close(self) -> None:
@@ -84,7 +89,9 @@ class InProcess:
 
 
 class Connection:
-    """Requests to somebody who launches, over a channel; may be used by several threads.
+    """Requests to somebody who launches, over a channel: the parent of what it launches (Parent).
+
+    May be used by several threads.
 
     BrokenPipeError where whoever launches is gone, and a container is wanted of it.
     """
@@ -93,13 +100,15 @@ class Connection:
         self._mutex = _thread.allocate_lock()
         self._channel: Channel | None = channel
 
-    def launch(self, container: Container, channel: Channel) -> None:
+    def launch(self, container: Container, channel: Channel) -> Parent:
         """See Launcher."""
         self._send(messages.LAUNCH, messages.encode_container(container), (channel.fileno(),))
+        return self
 
-    def launch_zygote(self, zygote: Zygote, channel: Channel) -> None:
-        """Start a zygote that talks over `channel`; how it goes is told there."""
+    def launch_zygote(self, zygote: Zygote, channel: Channel) -> Parent:
+        """Start a zygote that talks over `channel`; how it goes is told there. Return its parent."""
         self._send(messages.ZYGOTE, messages.encode_zygote(zygote), (channel.fileno(),))
+        return self
 
     def begin(self) -> None:
         """See Launcher."""
@@ -107,7 +116,7 @@ class Connection:
             self._send(messages.BEGIN)
 
     def reap(self, pid: int) -> Reaped:
-        """See Launcher. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
+        """See Parent. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
         with suppress(BrokenPipeError):
             kind, body = self._ask(messages.REAP, messages.encode_pid(pid))
             if kind == messages.REAPED:
@@ -115,7 +124,7 @@ class Connection:
         return Reaped(0.0, 0)
 
     def release(self, pid: int) -> None:
-        """See Launcher."""
+        """See Parent."""
         with suppress(BrokenPipeError):
             self._send(messages.RELEASE, messages.encode_pid(pid))
 
@@ -179,6 +188,7 @@ class LauncherProcess:
         self._delegate = delegate
         self._delegation: Delegation | None = None
         self._pid = -1
+        self._started = 0
         self._connection: Connection | None = None
         if spawned is not None:
             self._adopt(spawned)
@@ -187,18 +197,21 @@ class LauncherProcess:
         """See Launcher. The launcher is started for it, if it has not been."""
         return self._attempt(lambda _, delegation: delegation)
 
-    def launch(self, container: Container, channel: Channel) -> None:
+    def launch(self, container: Container, channel: Channel) -> Parent:
         """See Launcher. This does not wait: the launcher clones while the caller goes on."""
-        self._attempt(lambda connection, _: connection.launch(container, channel))
+        return self._attempt(lambda connection, _: connection.launch(container, channel))
 
-    def launch_zygote(self, zygote: Zygote, channel: Channel) -> None:
-        """Start a zygote that talks over `channel`; how it goes is told there."""
-        self._attempt(lambda connection, _: connection.launch_zygote(zygote, channel))
+    def launch_zygote(self, zygote: Zygote, channel: Channel) -> Parent:
+        """Start a zygote that talks over `channel`; how it goes is told there. Return its parent."""
+        return self._attempt(lambda connection, _: connection.launch_zygote(zygote, channel))
 
-    def has_ended(self) -> bool:
-        """Say whether the launcher that has been started is gone."""
-        connection = self._connection
-        return connection is None or connection.has_ended()
+    def generation(self) -> int:
+        """Return which of the launchers that were started lives, counted from 1; 0 for none.
+
+        What descends from another has ended, or is about to.
+        """
+        connection, number = self._connection, self._started
+        return 0 if connection is None or connection.has_ended() else number
 
     def begin(self) -> None:
         """See Launcher."""
@@ -206,47 +219,44 @@ class LauncherProcess:
         if self._ahead and connection is not None:
             connection.begin()
 
-    def reap(self, pid: int) -> Reaped:
-        """See Launcher."""
-        connection = self._connection
-        return Reaped(0.0, 0) if connection is None else connection.reap(pid)
-
-    def release(self, pid: int) -> None:
-        """See Launcher."""
-        connection = self._connection
-        if connection is not None:
-            connection.release(pid)
-
     def close(self) -> None:
         """See Launcher."""
         with self._mutex:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._leave()
 
     def wait(self) -> None:
         """See Launcher."""
         with self._mutex:
-            if self._pid > 0:
-                with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
-                    os.waitpid(self._pid, 0)
-                self._pid = -1
-                if self._delegation is not None and self._delegation.base is not None:
-                    _sweep(self._delegation.base)
-                self._delegation = None
+            self._reap()
 
     def _attempt(self, act: Callable[[Connection, Delegation], _Answer]) -> _Answer:
         """Do something with the launcher there is, or else with a new one."""
-        for _ in range(_ATTEMPTS):
-            with self._mutex, suppress(BrokenPipeError):
-                connection = self._connection or self._adopt(_spawn())
-                return act(connection, self._delegated(connection))
-            self.close()
-            self.wait()
+        with self._mutex:  # one caller alone finds that it has died, and none ends the new one
+            for _ in range(_ATTEMPTS):
+                with suppress(BrokenPipeError):
+                    connection = self._connection or self._adopt(_spawn())
+                    return act(connection, self._delegated(connection))
+                self._leave()
+                self._reap()
         raise HostError("the launcher dies as soon as it is started", remedy="run: jhansi-run doctor")
+
+    def _leave(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _reap(self) -> None:
+        if self._pid > 0:
+            with suppress(ChildProcessError):  # a host that ignores SIGCHLD has no children to wait for
+                os.waitpid(self._pid, 0)
+            self._pid = -1
+            if self._delegation is not None and self._delegation.base is not None:
+                _sweep(self._delegation.base)
+            self._delegation = None
 
     def _adopt(self, spawned: Spawned) -> Connection:
         self._pid = spawned.pid
+        self._started += 1
         self._connection = Connection(Channel(spawned.socket))
         return self._connection
 

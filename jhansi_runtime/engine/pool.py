@@ -10,12 +10,13 @@ Nothing here is a security step: a slot of the pool and one that was made this m
 and which workspace it is for, no slot knows before it is taken.
 """
 
+import math
 import os
 import select
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from jhansi_runtime.engine.delegation import Delegation
@@ -35,9 +36,9 @@ _TURN_SECONDS = 5.0  # how often the keeper looks at shelves that nobody has tak
 _READY_WITHIN_SECONDS = 30.0
 _RETRY_SECONDS = 1.0  # after a failure; twice as long after each further one, up to
 _LONGEST_RETRY_SECONDS = 300.0
-_IDLE_LIMITS = Limits(
-    memory=512 << 20, processes=128, cpus=1.0
-)  # of a slot that waits; an exec's own come when it does
+_MOST_SHELVES = 1000
+# Of the cgroup of a slot that waits: an exec brings its own.
+_IDLE_LIMITS = Limits(memory=512 << 20, processes=128, cpus=1.0)
 
 
 class Sizes(NamedTuple):
@@ -79,25 +80,31 @@ class _Source:
 
     def __init__(self) -> None:
         self.process: ZygoteProcess | None = None
+        self.generation = 0  # of its launcher
         self.is_ready = False
         self.began = 0.0
         self.slots = 0
         self.is_leaving = False
 
+    def has_died(self, generation: int) -> bool:
+        """Say whether the zygote has ended, or is about to because the launcher of its generation has."""
+        return self.generation != generation or (self.process is not None and self.process.has_ended())
+
 
 class _Made:
     """A slot of the pool: since when it is there, which CPUs it was made for, whose it is."""
 
-    def __init__(self, slot: Slot, processors: tuple[int, ...], source: _Source | None) -> None:
+    def __init__(self, slot: Slot, generation: int, processors: tuple[int, ...], source: _Source | None) -> None:
         self.slot = slot
+        self.generation = generation  # of its launcher
         self.processors = processors
         self.source = source
         self.since = time.monotonic()
 
-    def has_died(self, launcher: LauncherProcess) -> bool:
+    def has_died(self, generation: int) -> bool:
         """Say whether its init has ended, or is about to because whoever it descends from has."""
-        process = None if self.source is None else self.source.process
-        return self.slot.has_died() or launcher.has_ended() or (process is not None and process.has_ended())
+        is_orphan = self.generation != generation or (self.source is not None and self.source.has_died(generation))
+        return is_orphan or self.slot.has_died()
 
 
 class _Shelf:
@@ -185,13 +192,13 @@ class Pool:
         """Take a slot that waits; note that it was wanted, whether there is one or not."""
         key = _key(wanted)
         with self._lock:
-            shelf = self._shelves.setdefault(key, _Shelf(key))
+            shelf = self._shelves.get(key) or self._new_shelf(key)
             shelf.takes += 1
             shelf.last_taken = time.monotonic()
             made = None
             while shelf.idle and made is None:
                 made = shelf.idle.pop()
-                if made.has_died(self._launcher):
+                if made.has_died(self._launcher.generation()):
                     self._drop(made)
                     made = None
             if made is None:
@@ -206,28 +213,42 @@ class Pool:
                 self._nudge()
         return made
 
+    def _new_shelf(self, key: _Key) -> _Shelf:
+        """Begin a shelf. Of those that hold nothing only so many are remembered: whoever asks may ask for any size."""
+        if len(self._shelves) >= _MOST_SHELVES:
+            empty = [shelf for shelf in self._shelves.values() if not (shelf.target or shelf.idle or shelf.building)]
+            for shelf in sorted(empty, key=lambda shelf: shelf.last_taken)[: _MOST_SHELVES // 2]:
+                del self._shelves[shelf.key]
+        shelf = self._shelves[key] = _Shelf(key)
+        return shelf
+
     def _make(self, wanted: Wanted) -> _Made:
         """Have a slot built now, which the caller's order need not wait for."""
+        if wanted.zygote is not None:
+            with suppress(HostError):  # it has died this moment; the keeper will see
+                return self._launched(wanted, wanted.zygote)
+        return self._launched(wanted, None)
+
+    def _launched(self, wanted: Wanted, zygote: Zygote | None) -> _Made:
+        """Have a slot built by the zygote if that is ready, else by the launcher."""
         processors = self._processors.take(wanted.cpus)
-        container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
-        source = self._ready_source(wanted.zygote)
+        source = self._ready_source(zygote)
+        launcher: Launcher = self._launcher if source is None or source.process is None else source.process
         try:
-            if source is not None and source.process is not None:
-                try:
-                    slot = Slot(container, source.process, has_interpreter=True, begins_next=False)
-                    return _Made(slot, processors, source)
-                except HostError:  # it has died this moment; the keeper will see
-                    self._leave(source)
-            return _Made(Slot(container, self._launcher), processors, None)
-        except HostError:
+            container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
+            slot = Slot(container, launcher, has_interpreter=source is not None, begins_next=False)
+        except (HostError, OSError):
             self._processors.give_back(processors)
+            if source is not None:
+                self._leave(source)
             raise
+        return _Made(slot, self._launcher.generation(), processors, source)
 
     def _ready_source(self, zygote: Zygote | None) -> _Source | None:
         """Return the zygote's process if it is ready, counted as having one slot more."""
         with self._lock:
             source = None if zygote is None else self._sources.get(zygote)
-            if source is None or not source.is_ready:
+            if source is None or not source.is_ready or source.has_died(self._launcher.generation()):
                 return None
             source.slots += 1
             return source
@@ -288,7 +309,10 @@ class Pool:
             for source in self._sources.values():
                 if source.process is not None:
                     poll.register(source.process.pidfd if source.is_ready else source.process.channel, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(_TURN_SECONDS * 1000)}
+            retries = [shelf.retry_at for shelf in self._shelves.values()] + [at for at, _ in self._retries.values()]
+        now = time.monotonic()
+        seconds = min([_TURN_SECONDS, *(at - now for at in retries if at > now)])
+        ready = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1000))}
         if wake in ready:
             os.read(wake, 4096)
         return ready
@@ -311,7 +335,10 @@ class Pool:
             self._hear_zygote(zygote, source, ready)
 
     def _progress(self, shelf: _Shelf, made: _Made) -> None:
-        message = made.slot.receive()
+        try:
+            message = made.slot.receive()
+        except OSError:  # there are no descriptors left to receive its own in
+            message = None
         if message is Progress.LAUNCHED:
             return
         if message is not Progress.READY:
@@ -363,22 +390,14 @@ class Pool:
 
     def _build(self, shelf: _Shelf) -> bool:
         """Have one slot built. False where it cannot be at the moment."""
-        wanted = shelf.key.wanted
-        processors = self._processors.take(wanted.cpus)
-        source = self._ready_source(shelf.key.zygote)
-        launcher: Launcher = self._launcher if source is None or source.process is None else source.process
         try:
-            container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
-            slot = Slot(container, launcher, has_interpreter=source is not None, begins_next=False)
-        except HostError:
-            self._processors.give_back(processors)
-            if source is not None:
-                self._leave(source)
+            made = self._launched(shelf.key.wanted, shelf.key.zygote)
+        except (HostError, OSError):
             with self._lock:
                 shelf.failed()
             return False
         with self._lock:
-            shelf.building.append(_Made(slot, processors, source))
+            shelf.building.append(made)
         return True
 
     def _review(self) -> None:
@@ -386,14 +405,15 @@ class Pool:
         now = time.monotonic()
         with self._lock:
             for key, shelf in list(self._shelves.items()):
-                if now - shelf.last_taken > self._sizes.rest:
+                is_resting = now - shelf.last_taken > self._sizes.rest
+                if is_resting:
                     shelf.target = 0
-                elif shelf.lowest > 0:
+                elif shelf.target:
                     shelf.target = max(self._sizes.minimum, 1, shelf.target - shelf.lowest)
                 shelf.lowest = len(shelf.idle)
                 while len(shelf.idle) > shelf.target or (shelf.idle and now - shelf.idle[0].since > self._sizes.age):
                     self._drop(shelf.idle.pop(0))
-                if not shelf.target and not shelf.building:
+                if is_resting and not shelf.building:
                     del self._shelves[key]
             zygotes = {shelf.key.zygote for shelf in self._shelves.values() if shelf.target}
             for zygote, source in list(self._sources.items()):
@@ -444,7 +464,8 @@ class Pool:
         source.began = time.monotonic()
         try:
             source.process = ZygoteProcess(zygote, self._launcher)
-        except HostError:
+            source.generation = self._launcher.generation()
+        except (HostError, OSError):
             self._zygote_failed(zygote, source)
 
     def _hear_zygote(self, zygote: Zygote, source: _Source, ready: set[int]) -> None:

@@ -52,7 +52,7 @@ class Slot:
         self._reaped: Reaped | None = None
         self._channel, theirs = messages.pair()
         try:
-            launcher.launch(container, theirs)
+            self._parent = launcher.launch(container, theirs)
         except HostError:
             self._channel.close()
             raise
@@ -147,11 +147,11 @@ class Slot:
             self._reaped = Reaped(0.0, 0)
             if self._is_launched():
                 if self._has_ended:
-                    self._launcher.release(self._pid)
+                    self._parent.release(self._pid)
                     _wait(self._pidfd)
                 else:
                     self.kill()
-                    self._reaped = self._launcher.reap(self._pid)
+                    self._reaped = self._parent.reap(self._pid)
                 os.close(self._pidfd)
             for descriptor in (self._scratch, self.proc, self.group):
                 if descriptor is not None and descriptor >= 0:

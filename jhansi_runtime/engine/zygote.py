@@ -10,12 +10,12 @@ import signal
 from contextlib import suppress
 
 from jhansi_runtime.engine.delegation import Delegation
-from jhansi_runtime.engine.launcher import Connection, LauncherProcess
+from jhansi_runtime.engine.launcher import Connection, LauncherProcess, Parent
 from jhansi_runtime.engine.slot import step_failed
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation import mounts
-from jhansi_runtime.isolation.channel import Channel, Container, Reaped, Zygote
+from jhansi_runtime.isolation.channel import Channel, Container, Zygote
 
 __all__ = ["ZygoteProcess"]
 
@@ -27,12 +27,10 @@ class ZygoteProcess:
     """
 
     def __init__(self, zygote: Zygote, launcher: LauncherProcess) -> None:
-        self._launcher = launcher
-        self._zygote = zygote
         self._delegation = launcher.delegation()
         ours, theirs = messages.pair()
         try:
-            launcher.launch_zygote(zygote, theirs)
+            self._parent = launcher.launch_zygote(zygote, theirs)
         except HostError:
             ours.close()
             raise
@@ -70,10 +68,10 @@ class ZygoteProcess:
         """See Launcher."""
         return self._delegation
 
-    def launch(self, container: Container, channel: Channel) -> None:
+    def launch(self, container: Container, channel: Channel) -> Parent:
         """See Launcher. The container is one of the zygote's rootfs and workspaces. HostError: the zygote has died."""
         try:
-            self._connection.launch(self._as_seen_within(container), channel)
+            return self._connection.launch(_as_seen_within(container), channel)
         except BrokenPipeError:
             raise HostError("the zygote has died") from None
 
@@ -85,20 +83,12 @@ class ZygoteProcess:
         """See Launcher."""
         self._connection.begin()
 
-    def reap(self, pid: int) -> Reaped:
-        """See Launcher. A pid is one of the zygote's own namespace."""
-        return self._connection.reap(pid)
-
-    def release(self, pid: int) -> None:
-        """See Launcher."""
-        self._connection.release(pid)
-
     def close(self) -> None:
         """End it, and with it every container of its."""
         self._connection.close()
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._launcher.release(self._pid)
+        self._parent.release(self._pid)
 
     def wait(self) -> None:
         """See Launcher: it has ended once its pidfd says so."""
@@ -107,11 +97,12 @@ class ZygoteProcess:
         poll.poll()
         os.close(self._pidfd)
 
-    def _as_seen_within(self, container: Container) -> Container:
-        binds = tuple((f"/{mounts.zygotes_bind(number)}", target) for number, (_, target) in enumerate(container.binds))
-        return container._replace(
-            tree=f"/{mounts.ZYGOTES_TREE}", workspaces=f"/{mounts.ZYGOTES_WORKSPACES}", binds=binds, host_id=None
-        )
+
+def _as_seen_within(container: Container) -> Container:
+    binds = tuple((f"/{mounts.zygotes_bind(number)}", target) for number, (_, target) in enumerate(container.binds))
+    return container._replace(
+        tree=f"/{mounts.ZYGOTES_TREE}", workspaces=f"/{mounts.ZYGOTES_WORKSPACES}", binds=binds, host_id=None
+    )
 
 
 def _failed(kind: bytes, body: bytes) -> HostError:

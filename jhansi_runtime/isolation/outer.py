@@ -6,6 +6,7 @@ but the workspaces, which it needs for its containers. What its containers are m
 rootfs once more, with nothing mounted in it, and the workspaces.
 """
 
+import fcntl
 import os
 import signal
 from typing import NoReturn
@@ -81,6 +82,4 @@ def _execute(zygote: Zygote, host: int, branch: int | None) -> NoReturn:
 
 
 def _above(descriptor: int) -> int:
-    import fcntl  # noqa: PLC0415 - for this alone
-
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, BRANCH + 1)

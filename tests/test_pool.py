@@ -1,0 +1,223 @@
+"""The pool: a slot waits for one exec and serves no other; what has died is given to nobody, and nothing is left."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from jhansi_runtime import ExecRequest, Paths, Runtime
+from jhansi_runtime.engine import LauncherProcess
+from jhansi_runtime.engine import pool as pools
+from jhansi_runtime.engine.pool import Pool, Sizes
+from jhansi_runtime.errors import HostError
+
+WITHIN_SECONDS = 60
+PATIENCE = {"timeout": 300, "cpu_time": 300}
+
+
+@pytest.fixture
+def pooled(runtime_environment):
+    """`pooled(**sizes)` opens a Runtime with a pool, which is its attribute `pool`."""
+    opened = []
+
+    def open_runtime(**sizes):
+        pool = Pool(LauncherProcess(), Sizes(**sizes))
+        runtime = Runtime(Paths.from_environment(runtime_environment), slots=pool)
+        runtime.pool = pool
+        opened.append(runtime)
+        return runtime
+
+    yield open_runtime
+    for runtime in opened:
+        runtime.close()
+
+
+@pytest.fixture
+def box(runtime_environment):
+    with Runtime(Paths.from_environment(runtime_environment), launcher=LauncherProcess()) as runtime:
+        made = runtime.create(rootfs="host")
+        runtime.write(made.id, "main.py", b"import os; print(os.getpid(), os.listdir('/tmp')); open('/tmp/mine', 'w')")
+        runtime.write(made.id, "long.py", b"import time; open('begun', 'w'); time.sleep(60)")
+        yield made.id
+        runtime.remove(made.id)
+
+
+def program(box, name="main.py", **limits):
+    return ExecRequest(sandbox=box, filename=name, limits={**PATIENCE, **limits})
+
+
+def eventually(holds):
+    deadline = time.monotonic() + WITHIN_SECONDS
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+    return found
+
+
+def waiting(runtime):
+    return [made for shelf in list(runtime.pool._shelves.values()) for made in list(shelf.idle)]
+
+
+def warmed(runtime, box):
+    """A slot of a zygote that waits, after as many execs as that takes."""
+
+    def of_a_zygote():
+        return [made for made in waiting(runtime) if made.source is not None]
+
+    for _ in range(2):
+        runtime.exec(program(box))
+    return eventually(of_a_zygote)[0]
+
+
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return {int(pid) for pid in file.read().split()}
+
+
+def test_a_first_exec_has_nothing_built_ahead(pooled, box):
+    runtime = pooled()
+    runtime.exec(program(box))
+
+    assert runtime.pool.figures() == (0, 1, 0, 0, 0)
+    assert "jhansi-pool" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_every_exec_has_a_container_of_its_own(pooled, box):
+    runtime = pooled(minimum=2)
+    warmed(runtime, box)
+    told = {runtime.exec(program(box)).stdout for _ in range(20)}
+
+    assert told == {"2 []\n"}
+    assert runtime.pool.figures().hits > 0
+
+
+def test_a_slot_takes_one_order(pooled, box):
+    runtime = pooled()
+    slot = warmed(runtime, box).slot
+    slot._ordered = True  # as an order leaves it
+
+    with pytest.raises(HostError, match="a slot runs one order"):
+        runtime.exec(program(box))
+
+
+def test_a_slot_that_has_died_is_given_to_nobody(pooled, box):
+    runtime = pooled()
+    made = warmed(runtime, box)
+    runtime.pool._hear = lambda _: None  # nobody looks but who takes it
+    made.slot.kill()
+    eventually(made.slot.has_died)
+
+    assert runtime.exec(program(box)).stdout == "2 []\n"
+
+
+def test_a_slot_that_died_unseen_is_replaced(pooled, box):
+    runtime = pooled()
+    dead = warmed(runtime, box)
+    dead.slot.kill()
+
+    assert eventually(lambda: [made for made in waiting(runtime) if made is not dead])
+
+
+def test_one_that_has_waited_too_long_is_replaced(pooled, box, monkeypatch):
+    monkeypatch.setattr(pools, "_TURN_SECONDS", 0.05)
+    runtime = pooled(minimum=1, age=0.3)
+    old = warmed(runtime, box)
+
+    assert eventually(lambda: [made for made in waiting(runtime) if made.since > old.since + 0.3])
+
+
+def test_a_kind_that_nobody_wants_any_more_is_let_go(pooled, box, monkeypatch):
+    monkeypatch.setattr(pools, "_TURN_SECONDS", 0.05)
+    runtime = pooled(minimum=1, rest=0.5)
+    warmed(runtime, box)
+
+    eventually(lambda: runtime.pool.figures()[-2:] == (0, 0))
+    assert runtime.exec(program(box)).stdout == "2 []\n"
+
+
+def test_there_are_no_more_than_the_most_of_all_kinds_together(pooled, box):
+    runtime = pooled(minimum=2, maximum=3)
+    seen = set()
+    for number in range(12):
+        for _ in range(2):
+            runtime.exec(program(box, tmp=(number % 4 + 1) << 20))
+            shelves = list(runtime.pool._shelves.values())
+            seen.add(sum(len(shelf.idle) + len(shelf.building) for shelf in shelves))
+
+    assert max(seen) <= 3
+
+
+def test_what_was_wanted_once_is_not_remembered_for_ever(pooled, box, monkeypatch):
+    monkeypatch.setattr(pools, "_MOST_SHELVES", 4)
+    runtime = pooled()
+    for number in range(10):
+        runtime.exec(program(box, tmp=(number + 1) << 20))
+
+    assert len(runtime.pool._shelves) <= 4
+
+
+@pytest.mark.parametrize("whom", ["zygote", "launcher"])
+def test_killed_while_slots_wait_it_is_not_missed(pooled, box, whom):
+    runtime = pooled()
+    before = children()
+    made = warmed(runtime, box)
+    if whom == "zygote":
+        signal.pidfd_send_signal(made.source.process.pidfd, signal.SIGKILL)
+        eventually(made.source.process.has_ended)
+    else:
+        (launcher,) = children() - before
+        os.kill(launcher, signal.SIGKILL)
+        eventually(lambda: runtime.pool._launcher.generation() != 1)
+
+    assert runtime.exec(program(box)).stdout == "2 []\n"
+    assert eventually(lambda: [other for other in waiting(runtime) if other is not made])
+
+
+def test_a_zygote_killed_ends_its_execs_which_are_recorded(pooled, box):
+    runtime = pooled()
+    made = warmed(runtime, box)
+    failed = []
+
+    def run():
+        with pytest.raises(HostError) as raised:
+            runtime.exec(program(box, "long.py"))
+        failed.append(raised.value)
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    eventually(lambda: any(file.path == "begun" for file in runtime.files(box)))
+    signal.pidfd_send_signal(made.source.process.pidfd, signal.SIGKILL)
+    caller.join()
+    ended = [record for record in runtime.audit.records(sandbox_id=box) if record["event"] == "exec.end"]
+
+    assert failed
+    assert ended[-1]["status"] == "failed"
+    assert runtime.exec(program(box)).stdout == "2 []\n"
+
+
+def test_callers_at_once_each_have_their_own(pooled, box):
+    runtime = pooled(maximum=4)
+    warmed(runtime, box)
+    told = []
+    callers = [threading.Thread(target=lambda: told.append(runtime.exec(program(box)).stdout)) for _ in range(12)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    assert told == ["2 []\n"] * 12
+
+
+def test_closed_it_leaves_nothing(runtime_environment, box):
+    before = children(), sorted(os.listdir("/proc/self/fd")), threading.active_count()
+    pool = Pool(LauncherProcess(), Sizes(minimum=3))
+    with Runtime(Paths.from_environment(runtime_environment), slots=pool) as runtime:
+        runtime.pool = pool
+        made = warmed(runtime, box)
+        with open(f"/proc/self/fdinfo/{made.source.process.pidfd}") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+
+    assert (children(), sorted(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert not os.path.exists(f"/proc/{pid}")
