@@ -140,7 +140,7 @@ def test_a_reader_who_stopped_reads_on_to_the_end(peer):
         while list(ends(peer, ENDLESS).values()) != [["output_limit"]]:  # the job waits for nobody
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert metrics(peer)["jhansi_execs_running"] == 0
+        settled(peer)
         rest = b""
         while not rest.endswith(b"0\r\n\r\n"):
             piece = stopped.recv(65536)

@@ -33,6 +33,7 @@ import pytest
 from conftest import CHECKOUT, environment_with
 
 from jhansi_runtime import ExecRequest, ExecResult, Paths, Runtime
+from jhansi_runtime.engine import LauncherProcess
 
 SEED = int(os.environ.get("JHANSI_FUZZ_SEED") or random.SystemRandom().getrandbits(32))
 SECONDS = 60  # in which the fuzzer calls; what surrounds it comes on top
@@ -302,6 +303,7 @@ class Host(NamedTuple):
     """What stands around the sandbox that is fuzzed."""
 
     runtime: Runtime
+    launcher: LauncherProcess
     sandbox: str
     folder: str
     bystander: psutil.Process
@@ -420,10 +422,9 @@ def keys(host):
 
 
 def cgroups(host):
-    """The cgroup of the launcher, and how many there are beside it if it has one of its own: those of containers."""
-    path = text(f"/proc/{host.runtime._launcher._pid}/cgroup").rpartition("0::")[2].strip()
-    beside = os.path.dirname("/sys/fs/cgroup" + path)
-    return path, len(list(os.scandir(beside))) if path.endswith("/launcher") else 0
+    """Where the cgroups of containers are made, if that is anywhere, and what is there."""
+    base = host.launcher.delegation().base
+    return base, base and sorted(entry.name for entry in os.scandir(base) if entry.is_dir())
 
 
 FACTS = {
@@ -471,11 +472,15 @@ def host(tmp_path_factory):
     argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
     prctl.set_child_subreaper(1)
     paths = Paths.from_environment(environment_with(folder / "home"))
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other, Runtime(paths) as runtime:
+    launcher = LauncherProcess()
+    with (
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        Runtime(paths, launcher=launcher) as runtime,
+    ):
         other.stdout.readline()
         box, neighbour = (runtime.create(rootfs="host").id for _ in range(2))
         runtime.write(neighbour, "note", SECRET)
-        yield Host(runtime, box, str(folder), psutil.Process(other.pid), objects, key)
+        yield Host(runtime, launcher, box, str(folder), psutil.Process(other.pid), objects, key)
         other.stdin.close()
     prctl.set_child_subreaper(0)
     LIBC.syscall(number_of("keyctl"), 9, key, OF_SESSION)  # KEYCTL_UNLINK

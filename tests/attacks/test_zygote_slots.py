@@ -56,7 +56,7 @@ for file in os.scandir("/proc/self/map_files"):
         lines.append("escaped")
     except OSError:
         pass
-status = dict(line.rstrip().split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
+status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
 if any(int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")):
     lines.append("escaped")
 if (status["NoNewPrivs"], status["Seccomp"]) != ("1", "2"):
