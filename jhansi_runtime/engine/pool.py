@@ -171,7 +171,7 @@ class Pool:
                 _limit(group, wanted.limits)
             yield made.slot
         finally:
-            self._end(made)
+            self._give_back(made)
 
     def close(self) -> None:
         """See Slots."""
@@ -212,6 +212,15 @@ class Pool:
                 self._start_keeper()
                 self._nudge()
         return made
+
+    def _give_back(self, made: _Made) -> None:
+        """End a slot that was taken. Whoever took it need not wait until the kernel is done with one that has ended."""
+        with self._lock:
+            if made.slot.has_ended and self._keeper is not None and not self._is_closed:
+                self._drop(made)
+                self._nudge()
+                return
+        self._end(made)
 
     def _new_shelf(self, key: _Key) -> _Shelf:
         """Begin a shelf. Of those that hold nothing only so many are remembered: whoever asks may ask for any size."""

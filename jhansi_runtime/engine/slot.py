@@ -34,7 +34,8 @@ class Slot:
     """One container. A context manager: leaving it kills and reaps whatever is still there.
 
     group is a descriptor of its cgroup, None before it is launched and where it has none; proc is one of its /proc,
-    once it is ready. has_interpreter: its job is the interpreter of its rootfs, which a zygote's are.
+    once it is ready. has_interpreter: its job is the interpreter of its rootfs, which a zygote's are. has_ended: its
+    outcome was received, and nothing is left in it but init, on its way out.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Slot:
         self._pid = self._pidfd = -1
         self._scratch = self.proc = -1
         self.group: int | None = None
-        self._ordered = self._has_ended = False
+        self._ordered = self.has_ended = False
         self._reaped: Reaped | None = None
         self._channel, theirs = messages.pair()
         try:
@@ -122,7 +123,7 @@ class Slot:
             return messages.decode_failure(body)
         if kind != messages.EXIT:
             return None
-        self._has_ended = True
+        self.has_ended = True
         return messages.decode_outcome(body)
 
     def signal(self, number: int) -> None:
@@ -141,12 +142,12 @@ class Slot:
     def close(self) -> Reaped:
         """Kill what is left, wait until the kernel has taken the container down, and return what it used.
 
-        Of a container whose outcome was received nothing is left but init, on its way out; nobody asks what it used.
+        Nobody asks what one used that has_ended.
         """
         if self._reaped is None:
             self._reaped = Reaped(0.0, 0)
             if self._is_launched():
-                if self._has_ended:
+                if self.has_ended:
                     self._parent.release(self._pid)
                     _wait(self._pidfd)
                 else:

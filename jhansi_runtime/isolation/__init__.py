@@ -29,8 +29,9 @@ begin     BEGIN ->          clone3, id map
 prepare   LAUNCH ->         LAUNCH           ->    steps of `_build`
                             <- LAUNCHED                                   <-   READY
                                               <-   READY
-wait      ORDER ------------------------------->   workspace bound, the rest hidden
-run                                                ORDER                  ->   steps of `_confine`, execve
+wait      ORDER ------------------------------->   ORDER                  ->   steps of `_equip`
+run                                                workspace bound, the rest hidden
+                                                   MOUNTED                ->   steps of `_confine`, execve
           SIGNAL ------------------------------>   kill                   ->
 exit                                          <-   EXIT; reaps, exits
           RELEASE ->        reaps

@@ -20,8 +20,9 @@ __all__ = ["EXECVE", "Channel", "Container", "Failure", "Order", "Outcome", "Rea
 LAUNCHED = b"d"  # launcher, in init's name: it is cloned (descriptors: its pidfd, and its cgroup if it has one)
 READY = b"r"  # init: the container is built (descriptors: the filesystem of /tmp, HOME and /dev/shm; its /proc)
 # Run this. Descriptors from the launcher: the order, the streams that are no pty; to the job: the order, root, streams,
-# and a Landlock ruleset if there is one.
+# and a Landlock ruleset if there is one. What the job can do without its workspace, it then does.
 ORDER = b"o"
+MOUNTED = b"p"  # init to the job: the workspace is there, and no other is
 TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL, SIGSTOP, SIGCONT are for everything in the container
 EXIT = b"x"  # init: the job has ended, and how

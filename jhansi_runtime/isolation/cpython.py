@@ -72,6 +72,7 @@ def run_next(interpreter: Interpreter, argv: Sequence[bytes], environment: dict[
 
     Until then it is as freshly started on the standard streams that there are now.
     """
+    show(argv, environment)
     words = [os.fsdecode(word) for word in argv]
     for pointer in interpreter.filenames:
         text = _kept(_wide(words[interpreter.position]))

@@ -129,8 +129,7 @@ def _begin(launcher: Channel, host_id: int | None, start_job: StartJob) -> _Wait
     if launcher.receive()[0] != messages.MAPPED:
         raise BrokenPipeError
     prctl.set_dumpable(0)  # the id map was all that the launcher had to reach it for
-    with suppress(BrokenPipeError):  # it has failed already; _await_job tells how
-        waiting.channel.send(messages.READY)
+    _tell(waiting, messages.READY)
     with step("loopback"):
         net.loopback_up()
     with step("hostname"):
@@ -199,16 +198,20 @@ def _run(built: _Built, waiting: _Waiting, channel: Channel) -> Outcome:
     if kind != messages.ORDER:
         raise BrokenPipeError
     order = messages.read_order(os.dup(passed[0]))
-    with step("workspace"):
-        mounts.attach_workspace(built.root, order.workspace)
-        if built.ruleset is not None:
-            landlock.add_workspace(built.ruleset, built.root, built.landlock)
     with step("standard streams"):
         streams = _streams(order, passed[1:], channel)
+    rulesets = [] if built.ruleset is None else [built.ruleset]
+    _tell(waiting, messages.ORDER, (passed[0], built.root, *streams, *rulesets))
+    # While the job does what it can: the kernel lets a mount go only when no processor can be looking at it any more.
+    with step("workspace"):
+        mounts.attach_workspace(built.root, order.workspace)
+        for ruleset in rulesets:
+            landlock.add_workspace(ruleset, built.root, built.landlock)
     with step("children"):
         wakeup = _watch_children()
-    rulesets = [] if built.ruleset is None else [built.ruleset]
-    _start_job(waiting, [passed[0], built.root, *streams, *rulesets])
+    for descriptor in {passed[0], built.root, *streams, *rulesets}:
+        os.close(descriptor)
+    _start_job(waiting)
     return _supervise(waiting.pid, wakeup, channel)
 
 
@@ -237,13 +240,15 @@ def _await_job(waiting: _Waiting) -> None:
         raise StepError(_failure(_report(waiting)))
 
 
-def _start_job(waiting: _Waiting, descriptors: list[int]) -> None:
-    """Hand the order on, and return once execve has succeeded. StepError says why it has not."""
-    with suppress(BrokenPipeError):  # it was killed as it waited; the report says no more than that
-        waiting.channel.send(messages.ORDER, descriptors=tuple(descriptors))
+def _tell(waiting: _Waiting, kind: bytes, descriptors: tuple[int, ...] = ()) -> None:
+    with suppress(BrokenPipeError):  # it has ended, or was killed; the report says why, or no more than that
+        waiting.channel.send(kind, descriptors=descriptors)
+
+
+def _start_job(waiting: _Waiting) -> None:
+    """Let it become the program, and return once execve has succeeded. StepError says why it has not."""
+    _tell(waiting, messages.MOUNTED)
     waiting.channel.close()
-    for descriptor in set(descriptors):
-        os.close(descriptor)
     report = _report(waiting)
     if report != job.CONFINED:
         raise StepError(_failure(report.removeprefix(job.CONFINED)))

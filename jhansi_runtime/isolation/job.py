@@ -1,8 +1,8 @@
 """The job's own steps: from a copy of init to an untrusted program with nothing in its hands.
 
 The job is forked ahead of its order and confines itself while init still builds the container, on another processor
-if there is one. `prepare` is what needs no order, `confine` the rest; the order of the steps matters and is explained
-beside each.
+if there is one. `prepare` is what needs no order, `equip` what needs no workspace, which init mounts meanwhile, and
+`confine` the rest; the order of the steps matters and is explained beside each.
 """
 
 import errno
@@ -22,10 +22,10 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
 from jhansi_runtime.isolation.syscalls import CLONE_NEWUSER, close_range, unshare
 
-__all__ = ["CONFINED", "Show", "confined", "main"]
+__all__ = ["CONFINED", "Become", "confined", "main"]
 
-# Told of an order that is not to be executed, while the job can still be made to look as if it had been.
-Show = Callable[[Order], None]
+# Makes an interpreter that runs already what execve would make of the process, for the order that it is given.
+Become = Callable[[Order], None]
 
 CONFINED = b"."
 _WORKSPACE = "/workspace"
@@ -40,12 +40,12 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
     os._exit(1)  # never: there is nothing but a program to be had
 
 
-def confined(channel: Channel, report: int, host_id: int | None, show: Show | None = None) -> Order:
+def confined(channel: Channel, report: int, host_id: int | None, become: Become | None = None) -> Order:
     """Give everything up, wait for the order, and execute it; or return it, when it is for the interpreter there is.
 
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
-    program that ran; a failure of a step, or of execve, is written as itself. Only a zygote's job has `show`, and only
-    there this returns.
+    program that ran; a failure of a step, or of execve, is written as itself. Only a zygote's job can `become` what the
+    order asks for, and only there this returns.
     """
     failure = Failure("fork", 0, "the job ended before its program began")
     has_program = False
@@ -56,8 +56,8 @@ def confined(channel: Channel, report: int, host_id: int | None, show: Show | No
         if kind == messages.ORDER:
             content, root, *others = descriptors
             order = messages.read_order(content)
-            channel.close()
-            _confine(order, root, others[:_STREAMS], others[_STREAMS:], report, show)
+            _equip(order, others[:_STREAMS], become)
+            _confine(order, channel, root, others[_STREAMS:], report)
             os.write(report, CONFINED)
             if not order.as_main:
                 _execute(order)
@@ -90,9 +90,7 @@ def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
         prctl.set_no_new_privs(1)
 
 
-def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], report: int, show: Show | None) -> None:
-    with step("working directory"):
-        _enter_workspace(root)
+def _equip(order: Order, streams: list[int], become: Become | None) -> None:
     with step("streams"):
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -102,13 +100,27 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
         processors.run_on(order.processors)
     with step("limits"):
         _limit(order)
+    if order.as_main:
+        with step("main program"):
+            if become is None:
+                raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
+            become(order)
+
+
+def _confine(order: Order, channel: Channel, root: int, rulesets: list[int], report: int) -> None:
+    if channel.receive()[0] != messages.MOUNTED:
+        raise StepError(Failure("fork", 0, "init ended before the workspace was mounted"))
+    channel.close()
+    with step("working directory"):
+        _enter_workspace(root)
     with step("landlock restriction"):
         for ruleset in rulesets:
             landlock.restrict(ruleset)
         if order.sole_program:
             landlock.restrict_to_program(root, order.argv[0], order.environment.get(b"PATH", os.defpath.encode()))
     if order.as_main:
-        _confine_in_place(order, show)
+        with step("main program"):
+            prctl.set_dumpable(1)  # as execve does: what is its own in /proc is for it to read
     # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
@@ -116,15 +128,6 @@ def _confine(order: Order, root: int, streams: list[int], rulesets: list[int], r
     # Last: the filter refuses most of the steps above.
     with step("seccomp"):
         seccomp.install(order.filters)
-
-
-def _confine_in_place(order: Order, show: Show | None) -> None:
-    """Do what execve would."""
-    with step("main program"):
-        if show is None:
-            raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
-        show(order)
-        prctl.set_dumpable(1)  # what is its own in /proc is for it to read
 
 
 def _execute(order: Order) -> NoReturn:

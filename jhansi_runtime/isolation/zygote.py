@@ -55,10 +55,9 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
     except JobLeft as left:
         waiting = left.waiting
     channel.close()
-    order = job.confined(*waiting, lambda order: cpython.show(order.argv, order.environment))
-    cpython.run_next(interpreter, order.argv, order.environment)
+    job.confined(*waiting, lambda order: cpython.run_next(interpreter, order.argv, order.environment))
     _forget_all_but(*kept)
-    gc.unfreeze()
+    _renew_main()
     gc.enable()
     if site is None:
         raise ImportError(f"No module named {_SITE!r}", name=_SITE)
@@ -102,6 +101,17 @@ def _forget_all_but(modules: Collection[str], importers: Collection[str]) -> Non
         sys.modules.pop(name, None)
     for entry in set(sys.path_importer_cache).difference(importers).union(_OURS):
         sys.path_importer_cache.pop(entry, None)
+
+
+def _renew_main() -> None:
+    """Let the program's names live in a module that is not frozen.
+
+    At its end the collector looks at what has come since the zygote froze, and need not write to all that was there
+    before. It has to come upon the program's own module, for what that holds to be finalized.
+    """
+    main = ModuleType("__main__")
+    vars(main).update(vars(sys.modules["__main__"]))
+    sys.modules["__main__"] = main
 
 
 def _imported(name: str) -> ModuleType | None:
