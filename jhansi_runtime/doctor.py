@@ -37,10 +37,10 @@ STEPS = (
     *("one thread", "processors of the host", "channel", "namespaces", "id map"),  # launch.py
     *("fork", "detach from the launcher", "loopback", "hostname"),  # inside.py, before it is known what to build
     *("sources", "ids", "process", "user namespace limit", "mounts"),  # inside.py
-    *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs"),  # job.py
+    *("detach from init", "job's ids", "user namespace", "capabilities", "no_new_privs", "fixed limits"),  # job.py
     *("pivot_root", "landlock ruleset", "descriptors for the host"),  # inside.py
-    *("workspace", "standard streams", "children"),
-    *("working directory", "streams", "processors", "limits"),  # job.py
+    *("standard streams", "workspace", "children"),
+    *("streams", "processors", "limits", "working directory"),  # job.py
     *("landlock restriction", "descriptors", "seccomp", "execve"),
 )
 

@@ -191,7 +191,7 @@ def test_started_by_root_every_step_is_done_for_the_unprivileged_id(environment)
 
 
 # Where init waits for the job, and the steps that the job has done by then.
-WAITS_FOR = {"_await_job": "_prepare", "_start_job": "_confine"}
+WAITS_FOR = {"_await_job": ["_prepare"], "_start_job": ["_equip", "_confine"]}
 
 
 def named_calls(source):
@@ -206,7 +206,8 @@ def steps_of(module, function):
         if call.func.id == "step":
             yield call.args[0].value
         elif call.func.id in WAITS_FOR:
-            yield from steps_of(parsed("job"), WAITS_FOR[call.func.id])
+            for name in WAITS_FOR[call.func.id]:
+                yield from steps_of(parsed("job"), name)
 
 
 def parsed(module):
@@ -218,7 +219,7 @@ def test_the_doctor_knows_the_steps_of_isolation_by_name_and_in_order():
     launch, inside, job = parsed("launch"), parsed("inside"), parsed("job")
     of_init = [step for function in ("_begin", "_build", "_say_ready", "_run") for step in steps_of(inside, function)]
     of_launcher = [*steps_of(launch, "begin"), *steps_of(launch, "launch")]
-    of_zygote = [*steps_of(launch, "launch_zygote"), *steps_of(job, "_confine_in_place")]
+    of_zygote = [*steps_of(launch, "launch_zygote"), *steps_of(job, "_become")]
     in_order = [*(step for step in of_launcher if step not in doctor.CGROUP_STEPS), *of_init, EXECVE]
     calls = [call for module in (launch, inside, job) for call in named_calls(module)]
     failures = {ast.unparse(call.args[0]) for call in calls if call.func.id == "Failure"}

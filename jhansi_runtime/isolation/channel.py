@@ -207,9 +207,11 @@ def write_order(order: Order) -> int:
 
 def read_order(descriptor: int) -> Order:
     """Return the order in a memfd, and close the descriptor."""
-    with os.fdopen(descriptor, "rb") as file:
-        file.seek(0)
-        return Order(*marshal.loads(file.read()))  # noqa: S302 - written by write_order, never by a job
+    try:
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    finally:
+        os.close(descriptor)
+    return Order(*marshal.loads(content))  # noqa: S302 - written by write_order, never by a job
 
 
 def encode_container(container: Container) -> bytes:

@@ -32,6 +32,16 @@ _WORKSPACE = "/workspace"
 _STACK_BYTES = 8 << 20
 _LOCKED_BYTES = 64 << 10
 _STREAMS = 3
+# What every job is limited to, soft and hard; the order says the rest.
+_LIMITS = {
+    # No file is as small. A program that core_pattern names is run, as root of the host and whatever the limit, unless
+    # it is this one (core(5)); the filter keeps it.
+    resource.RLIMIT_CORE: (1, 1),
+    resource.RLIMIT_MEMLOCK: (_LOCKED_BYTES, _LOCKED_BYTES),
+    resource.RLIMIT_STACK: (_STACK_BYTES, resource.RLIM_INFINITY),
+    resource.RLIMIT_NICE: (0, 0),
+    resource.RLIMIT_RTPRIO: (0, 0),
+}
 
 
 def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
@@ -88,6 +98,8 @@ def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
         caps.drop_all()
     with step("no_new_privs"):
         prctl.set_no_new_privs(1)
+    with step("fixed limits"):
+        _limit(_LIMITS)
 
 
 def _equip(order: Order, streams: list[int], become: Become | None) -> None:
@@ -99,12 +111,9 @@ def _equip(order: Order, streams: list[int], become: Become | None) -> None:
     with step("processors"):
         processors.run_on(order.processors)
     with step("limits"):
-        _limit(order)
+        _limit(_limits(order))
     if order.as_main:
-        with step("main program"):
-            if become is None:
-                raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
-            become(order)
+        _become(order, become)
 
 
 def _confine(order: Order, channel: Channel, root: int, rulesets: list[int], report: int) -> None:
@@ -118,9 +127,6 @@ def _confine(order: Order, channel: Channel, root: int, rulesets: list[int], rep
             landlock.restrict(ruleset)
         if order.sole_program:
             landlock.restrict_to_program(root, order.argv[0], order.environment.get(b"PATH", os.defpath.encode()))
-    if order.as_main:
-        with step("main program"):
-            prctl.set_dumpable(1)  # as execve does: what is its own in /proc is for it to read
     # Late, because every step before may have opened something.
     with step("descriptors"):
         close_range(3, report - 1)
@@ -128,6 +134,15 @@ def _confine(order: Order, channel: Channel, root: int, rulesets: list[int], rep
     # Last: the filter refuses most of the steps above.
     with step("seccomp"):
         seccomp.install(order.filters)
+
+
+def _become(order: Order, become: Become | None) -> None:
+    """Do what execve would."""
+    with step("main program"):
+        if become is None:
+            raise OSError(errno.ENOEXEC, "there is no interpreter here that could run the file")
+        become(order)
+        prctl.set_dumpable(1)  # what is its own in /proc is for it to read
 
 
 def _execute(order: Order) -> NoReturn:
@@ -148,22 +163,18 @@ def _enter_workspace(root: int) -> None:
     os.umask(0o022)
 
 
-def _limit(order: Order) -> None:
-    limits = {
-        # No file is as small. A program that core_pattern names is run, as root of the host and whatever the limit,
-        # unless it is this one (core(5)); the filter keeps it.
-        resource.RLIMIT_CORE: (1, 1),
+def _limits(order: Order) -> dict[int, tuple[int, int]]:
+    return {
         # SIGXCPU first, which says what happened; SIGKILL a second later for a program that ignores it.
         resource.RLIMIT_CPU: (order.cpu_seconds, order.cpu_seconds + 1),
         resource.RLIMIT_FSIZE: (order.file_bytes, order.file_bytes),
         resource.RLIMIT_NOFILE: (order.open_files, order.open_files),
         # Of the job's own user namespace, in which there is nobody else (before Linux 5.14: of all of the user's).
         resource.RLIMIT_NPROC: (order.processes, order.processes),
-        resource.RLIMIT_MEMLOCK: (_LOCKED_BYTES, _LOCKED_BYTES),
-        resource.RLIMIT_STACK: (_STACK_BYTES, resource.RLIM_INFINITY),
-        resource.RLIMIT_NICE: (0, 0),
-        resource.RLIMIT_RTPRIO: (0, 0),
     }
+
+
+def _limit(limits: dict[int, tuple[int, int]]) -> None:
     for kind, wanted in limits.items():
         # The host's own ceiling may be lower, and cannot be raised from here.
         ceiling = _finite(resource.getrlimit(kind)[1])

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import struct
+from functools import cache
 
 __all__ = [
     "BPF_PROGRAM_UNIT",
@@ -364,19 +365,26 @@ _STAT_SEGMENTS = (23, 24, 42, 43, 44)
 _STAT_STACK = 25
 
 
+@cache
+def _segments() -> tuple[tuple[int, ...], int]:
+    """Return where code, data and heap of this process lie, and its stack; a fork's are where its parent's were."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return tuple(int(fields[index]) for index in _STAT_SEGMENTS), int(fields[_STAT_STACK])
+
+
 def set_memory_map(arguments: tuple[int, int], environment: tuple[int, int]) -> None:
     """Have /proc/self/cmdline and environ be read from these spans of memory, (start, end).
 
     OSError: EINVAL from a kernel without CONFIG_CHECKPOINT_RESTORE.
     """
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
+    segments, stack = _segments()
     _libc.sbrk.restype = ctypes.c_void_p
     record = struct.pack(  # struct prctl_mm_map, linux/prctl.h
         "11QQII",
-        *(int(fields[index]) for index in _STAT_SEGMENTS),
+        *segments,
         _libc.sbrk(ctypes.c_long(0)),
-        int(fields[_STAT_STACK]),
+        stack,
         *arguments,
         *environment,
         0,
