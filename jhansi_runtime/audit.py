@@ -1,6 +1,6 @@
 """The audit log: append to it, read it, verify it (CONTRACT: Audit log).
 
-Theory of operation. Two files in one directory, both guarded by a flock(2) on the first:
+Theory of operation. Two files in one directory, both guarded by a flock(2) on the first (appender.py writes them):
 
   audit.jsonl   the records, one JSON object a line, chained by hash (chain.py); only appended to, by one write(2) each
   head          512 bytes, overwritten in place after each append: number, hash and end offset of the last record
@@ -15,47 +15,34 @@ someone, and nothing is appended to it any more. One exception: the head also sa
 to the disk, and under which boot of the kernel it was written. What is missing beyond that point after a restart
 was the power cut's, and `audit.repair` says how many records.
 
-Flushing. A written record survives any kill. Against a power cut, fsync="always" flushes before append returns;
-"group" flushes once the oldest unflushed record is 50 ms old: in append, and in close. There is no thread and no timer
-here, so an owner that stays keeps the 50 ms itself: it calls flush when flush_in says so while it waits for a job,
-and before it falls idle.
+Flushing. A written record survives any kill. Against a power cut, fsync="always" flushes before append returns; with
+"group" a thread that is there only meanwhile does it for all records together, within 50 ms of the first of them
+(flusher.py), and no caller waits for the disk but close. What such a flush has raised, the next append raises, or
+flush, or close; the record of that append is written nevertheless. A process that was killed has no thread any more:
+what it wrote within its last 50 ms is flushed with the next record of any process, or by the kernel after a while.
 
 What two files cannot show: whoever may write both can write a new chain. An anchor, kept elsewhere, shows that.
 """
 
-import errno
 import fcntl
 import json
 import os
 import time
-from _thread import allocate_lock  # all of threading that is needed, without its import
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
-from jhansi_runtime.chain import Mark, Verification, Witness, check, last_chained, parse_anchor, seal
+from jhansi_runtime.appender import HEAD_SIZE, Appender, Head, Where, lines_between, parse_head, reported
+from jhansi_runtime.chain import Mark, Verification, Witness, check, parse_anchor
 from jhansi_runtime.errors import AuditError, InvalidRequestError
 
 __all__ = ["AuditLog", "Json", "Verification"]
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
-FLUSH_AFTER = 0.05  # seconds
 FOLLOW_INTERVAL = 0.1  # seconds between two looks at a log that is followed
-RECORD_LIMIT = 64 * 1024 * 1024  # bytes a reader may have to hold; no argv and environment come near it
 
-_HEAD_SIZE = 512  # one disk sector: on the disk it is the old one or the new one
 _RESERVED = frozenset({"seq", "time", "prev", "hash"})
-
-
-class _Head(NamedTuple):
-    """The head file. cut (bytes) and lost (records) are what a repair took away and has yet to record."""
-
-    last: Mark
-    flushed: Mark
-    boot: str
-    cut: int = 0
-    lost: int = 0
 
 
 class _View(NamedTuple):
@@ -63,7 +50,7 @@ class _View(NamedTuple):
 
     file: BinaryIO
     size: int
-    head: _Head | None
+    head: Head | None
 
 
 class AuditLog:
@@ -73,16 +60,9 @@ class AuditLog:
     """
 
     def __init__(self, directory: str, *, fsync: Literal["group", "always"] = "group") -> None:
-        self._directory = directory
-        self._log_path = os.path.join(directory, "audit.jsonl")
-        self._head_path = os.path.join(directory, "head")
+        self._where = Where(directory, os.path.join(directory, "audit.jsonl"), os.path.join(directory, "head"))
         self._always = fsync == "always"
-        self._mutex = allocate_lock()  # a flock keeps other processes out, not threads that share its descriptor
-        self._log = self._head = -1
-        self._owner = 0  # the process that opened them
-        self._boot = ""
-        self._end = 0  # of the last record written here
-        self._unflushed_since: float | None = None
+        self._appenders: dict[int, Appender] = {}  # by the process that opened it, which is this one but after a fork
 
     def append(
         self, event: str, *, actor: str, sandbox_id: str | None = None, run_id: str | None = None, **fields: Json
@@ -90,39 +70,21 @@ class AuditLog:
         """Write one record and return it as a reader will see it. From then on it survives this process."""
         if not _RESERVED.isdisjoint(fields):
             raise ValueError(f"fields that the log itself sets: {_RESERVED & fields.keys()}")
-        with self._locked():
-            what = {"event": event, "actor": actor, "sandbox_id": sandbox_id, "run_id": run_id, **fields}
-            _, record = self._add(self._settled(), what)
-        if self._always or self.flush_in() == 0.0:
-            self.flush()
-        return record
-
-    def flush_in(self) -> float | None:
-        """Return the seconds until flush is due, 0.0 when it is, None when all that was written here is flushed."""
-        since = self._unflushed_since
-        return None if since is None else max(0.0, since + FLUSH_AFTER - time.monotonic())
+        return self._appender().append(
+            {"event": event, "actor": actor, "sandbox_id": sandbox_id, "run_id": run_id, **fields}
+        )
 
     def flush(self) -> None:
         """Bring all that was written here to the disk, unless another process has done so meanwhile."""
-        with self._locked():
-            head = self._settled()
-            self._unflushed_since = None
-        if head.flushed.end >= self._end:
-            return
-        with _reported(self._log_path, "written"):
-            os.fdatasync(self._log)  # not under the lock: others may append meanwhile
-        with self._locked():
-            current = self._settled()
-            if current.flushed.end < head.last.end:
-                self._write_head(current._replace(flushed=head.last))
+        appender = self._appenders.get(os.getpid())
+        if appender is not None:
+            appender.flush()
 
     def close(self) -> None:
-        """Flush, and let go of the files. A later append opens them again."""
-        try:
-            if self._unflushed_since is not None:
-                self.flush()
-        finally:
-            self._release()
+        """Flush, and let go of the files, to which nobody may be appending. A later append opens them again."""
+        appender = self._appenders.pop(os.getpid(), None)
+        if appender is not None:
+            appender.close()
 
     def records(
         self,
@@ -141,7 +103,7 @@ class AuditLog:
         while True:
             with self._view() as view:
                 if view.size < position:
-                    raise AuditError(f"{self._log_path} was cut off while it was read", remedy=self._evidence())
+                    raise AuditError(f"{self._where.log} was cut off while it was read", remedy=self._where.evidence())
                 for line in self._whole_lines(view, position):
                     number += 1
                     position += len(line)
@@ -187,7 +149,7 @@ class AuditLog:
         """Return "SEQ:HASH" of the last record. Kept elsewhere, it lets verify notice a log that was written anew."""
         with self._view() as view:
             if view.head is None and view.size:
-                raise self._headless()
+                raise self._where.headless()
             last = Mark() if view.head is None else view.head.last
         return f"{last.seq}:{last.hash}"
 
@@ -200,7 +162,7 @@ class AuditLog:
         with self._view() as view:
             if view.head is not None:
                 witnesses.append(Witness(view.head.last, "the head file"))
-            found = check(self._lines(view.file, 0, view.size), witnesses)
+            found = check(lines_between(self._where.log, view.file, 0, view.size), witnesses)
         if found.ok and view.head is None and view.size:
             return found._replace(
                 ok=False, problem="the file `head` is missing: records cut off at the end do not show"
@@ -209,62 +171,36 @@ class AuditLog:
 
     # --- the files ----------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the log for this thread of this process alone."""
-        with self._mutex, _reported(self._log_path, "written"):
-            self._open()
-            fcntl.flock(self._log, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._log, fcntl.LOCK_UN)
-
-    def _open(self) -> None:
-        if self._owner == os.getpid():
-            return
-        self._release()  # after a fork: a descriptor of the parent's would share the parent's lock
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self._boot = file.read().strip()
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        self._log = os.open(self._log_path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._head = os.open(self._head_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._owner = os.getpid()
-
-    def _release(self) -> None:
-        descriptors = (self._log, self._head)
-        self._log = self._head = -1
-        self._owner = 0
-        self._unflushed_since = None
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
+    def _appender(self) -> Appender:
+        pid = os.getpid()
+        appender = self._appenders.get(pid)
+        if appender is None:
+            made = Appender(self._where, always=self._always)
+            appender = self._appenders.setdefault(pid, made)
+            if appender is not made:  # another thread came first
+                made.abandon()
+            for parent in self._appenders.keys() - {pid}:
+                if (inherited := self._appenders.pop(parent, None)) is not None:
+                    inherited.abandon()
+        return appender
 
     @contextmanager
     def _view(self) -> Iterator[_View]:
         """Open the log for reading; one that was never begun is empty."""
-        with _reported(self._log_path, "read"):
-            path = self._log_path if os.path.exists(self._log_path) else os.memfd_create("no log yet")
+        with reported(self._where.log, "read"):
+            path = self._where.log if os.path.exists(self._where.log) else os.memfd_create("no log yet")
             file = open(path, "rb")  # noqa: SIM115 - closed below; here only the errors of opening are ours
         with file:
-            with _reported(self._log_path, "read"):
+            with reported(self._where.log, "read"):
                 fcntl.flock(file, fcntl.LOCK_SH)
                 size = os.fstat(file.fileno()).st_size
-                head = _parse_head(_content(self._head_path))
+                head = parse_head(_content(self._where.head))
                 fcntl.flock(file, fcntl.LOCK_UN)
             yield _View(file, size, head)
 
-    def _lines(self, file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
-        """Yield the lines between two offsets. One without its newline is the last, or longer than any record."""
-        with _reported(self._log_path, "read"):
-            file.seek(start)
-            while start < end and (line := file.readline(min(RECORD_LIMIT, end - start))):
-                start += len(line)
-                yield line
-
     def _whole_lines(self, view: _View, start: int = 0) -> Iterator[bytes]:
         """Leave out half a record at the end, which the next append cuts off."""
-        return (line for line in self._lines(view.file, start, view.size) if line.endswith(b"\n"))
+        return (line for line in lines_between(self._where.log, view.file, start, view.size) if line.endswith(b"\n"))
 
     def _decode(self, line: bytes, number: int) -> dict[str, Any]:
         try:
@@ -273,131 +209,15 @@ class AuditLog:
                 return record
         except ValueError:
             pass  # it is no record either, which is said below
-        raise AuditError(f"line {number} of {self._log_path} is not a record", remedy="run `jhansi-run audit verify`")
-
-    def _headless(self) -> AuditError:
-        return AuditError(f"{self._head_path} is missing, beside a log that is not empty", remedy=self._evidence())
-
-    def _evidence(self) -> str:
-        return f"run `jhansi-run audit verify`, then move {self._directory} aside as evidence, and a new log begins"
-
-    # --- under the lock -----------------------------------------------------------------------------------
-
-    def _settled(self) -> _Head:
-        """Return the head of a log that is whole, once what a kill or a power cut left is mended."""
-        status = os.fstat(self._log)
-        if status.st_nlink == 0:
-            raise AuditError(f"{self._log_path} was removed while in use", remedy=self._evidence())
-        head = _parse_head(os.pread(self._head, _HEAD_SIZE, 0))
-        if head is None and status.st_size:
-            raise self._headless()
-        if head is None:
-            return self._begin()
-        if head.last.end == status.st_size and head.boot == self._boot and not head.cut and not head.lost:
-            return head
-        return self._recover(head, status.st_size)
-
-    def _begin(self) -> _Head:
-        head = _Head(Mark(), Mark(), self._boot)
-        self._write_head(head)
-        # Flushed with its name this once: a log that a power cut leaves then always has a head beside it.
-        os.fsync(self._head)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return head
-
-    def _recover(self, head: _Head, size: int) -> _Head:
-        """Find the last whole record, cut off half a one behind it, and record what was lost."""
-        # Since this boot nothing that was written goes by itself; from before it, only what was flushed is sure.
-        sure = head.last if head.boot == self._boot else head.flushed
-        if size < sure.end:
-            message = f"{self._log_path} was cut off: record {sure.seq} ended at byte {sure.end}, and it has {size}"
-            raise AuditError(message, remedy=self._evidence())
-        with open(self._log, "rb", closefd=False) as file:
-            last = last_chained(self._lines(file, sure.end, size), sure)
-        torn = os.pread(self._log, size - last.end, last.end)
-        if b"\n" in torn:  # no write that was cut short leaves a whole line
-            message = f"line {last.seq + 1} of {self._log_path} is not chained to the one before it"
-            raise AuditError(message, remedy=self._evidence())
-        cut = len(torn) or head.cut
-        lost = max(0, head.last.seq - last.seq) or head.lost
-        head = head._replace(last=last, boot=self._boot, cut=cut, lost=lost)
-        self._write_head(head)  # before the cut, so that a kill in between does not hide it
-        os.ftruncate(self._log, last.end)
-        if cut or lost:
-            who = {"event": "audit.repair", "actor": "jhansi-runtime", "sandbox_id": None, "run_id": None}
-            head, _ = self._add(head._replace(cut=0, lost=0), {**who, "cut_bytes": cut, "lost_records": lost})
-        return head
-
-    def _add(self, head: _Head, fields: Mapping[str, Json]) -> tuple[_Head, dict[str, Any]]:
-        """Write one record and the head that names it, or neither."""
-        seq = head.last.seq + 1
-        record, line = seal({"seq": seq, "time": _now(), **fields}, head.last)
-        if len(line) > RECORD_LIMIT:
-            raise AuditError(f"an audit record of {len(line)} bytes is too long", remedy=f"at most {RECORD_LIMIT} fit")
-        head = head._replace(last=Mark(seq, record["hash"], head.last.end + len(line)))
-        try:
-            rest = line
-            while rest:  # one write; a second only where the first stopped short, to learn why
-                rest = rest[os.write(self._log, rest) :]
-            self._write_head(head)
-        except OSError:
-            os.ftruncate(self._log, head.last.end - len(line))
-            raise
-        self._end = head.last.end
-        if self._unflushed_since is None:
-            self._unflushed_since = time.monotonic()
-        return head, record
-
-    def _write_head(self, head: _Head) -> None:
-        text = json.dumps(head._asdict(), separators=(",", ":")).encode("ascii")
-        if os.pwrite(self._head, text.ljust(_HEAD_SIZE - 1) + b"\n", 0) != _HEAD_SIZE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._head_path)
-
-
-@contextmanager
-def _reported(path: str, wanted: Literal["written", "read"]) -> Iterator[None]:
-    """Turn an OSError into an AuditError that names the remedy."""
-    directory = os.path.dirname(path)
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = f"free some space on the disk that holds {directory}"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = f"give this user {directory} to write in, or set JHANSI_HOME to a folder of its own"
-        else:
-            remedy = f"check the disk that holds {directory}"
-        raise AuditError(f"the audit log {path} cannot be {wanted}: {error.strerror}", remedy=remedy) from error
+        raise AuditError(f"line {number} of {self._where.log} is not a record", remedy="run `jhansi-run audit verify`")
 
 
 def _content(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(_HEAD_SIZE)
+            return file.read(HEAD_SIZE)
     except FileNotFoundError:
         return b""
-
-
-def _parse_head(text: bytes) -> _Head | None:
-    """Return what a head file says, or None when it is empty or not whole."""
-    try:
-        fields = json.loads(text)
-        head = _Head(Mark(*fields.pop("last")), Mark(*fields.pop("flushed")), **fields)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    numbers = (head.last.seq, head.last.end, head.flushed.seq, head.flushed.end, head.cut, head.lost)
-    texts = (head.last.hash, head.flushed.hash, head.boot)
-    is_sound = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
-    return head if is_sound and all(isinstance(text, str) for text in texts) else None
-
-
-def _now() -> str:
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds // 1000:06d}Z"
 
 
 def _instant(text: str) -> str:

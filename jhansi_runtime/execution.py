@@ -104,7 +104,6 @@ def perform(this: Exec, slots: Slots, audit: AuditLog, streams: Streams) -> Exec
                     streams,
                     _bounds(this.limits),
                     stdin=_bytes(this.request.stdin),
-                    log=audit,
                     watches=(watch,),
                 )
         except OSError as error:

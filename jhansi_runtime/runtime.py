@@ -14,7 +14,7 @@ from msgspec import UNSET, structs
 from jhansi_runtime import remedies
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.engine import Cold, Launcher, LauncherProcess, Slots, Streams
+from jhansi_runtime.engine import Cold, InProcess, Launcher, LauncherProcess, Slots, Streams
 from jhansi_runtime.errors import (
     BusyError,
     ConflictError,
@@ -77,7 +77,9 @@ class Runtime:
     ) -> None:
         self.paths = paths or Paths.from_environment()
         settings = load(self.paths.config)
-        self.audit = AuditLog(self.paths.audit, fsync=settings.audit.fsync)
+        # The log's own flushing takes a thread for a while, and a process that is its launcher may have one alone.
+        fsync = "always" if isinstance(launcher, InProcess) else settings.audit.fsync
+        self.audit = AuditLog(self.paths.audit, fsync=fsync)
         self._progress = progress or _silent
         self._actor = f"uid:{os.getuid()}"
         self._owner: str | None = None

@@ -3,6 +3,7 @@
 What happens to a log that somebody changes is in attacks/test_audit_forgery.py.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -57,13 +58,33 @@ def log(tmp_path):
     with_records.close()
 
 
+@pytest.fixture
+def idle():
+    """`idle()` waits for the thread that flushes to end: Python warns of a fork beside a thread."""
+    before = len(threads())
+    return lambda: eventually(lambda: len(threads()) == before)
+
+
+def forked(work):
+    """Do it in a child, which a minute ends at the latest; its wait status."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
 def head_of(log):
-    with open(log._head_path, "rb") as file:
+    with open(log._where.head, "rb") as file:
         return json.loads(file.read())
 
 
 def change_head(log, **fields):
-    with open(log._head_path, "r+b") as file:
+    with open(log._where.head, "r+b") as file:
         file.write(json.dumps(head_of(log) | fields).encode().ljust(511) + b"\n")
 
 
@@ -75,7 +96,7 @@ def test_a_record_is_one_line_with_its_fields_in_reading_order(log):
         "exec.start", actor="uid:1000", sandbox_id="sb", run_id="run", argv=["a", "b"], limits={"x": 1.5}
     )
 
-    with open(log._log_path, encoding="ascii") as file:
+    with open(log._where.log, encoding="ascii") as file:
         lines = file.read().splitlines()
 
     assert [json.loads(line) for line in lines] == [written]
@@ -128,8 +149,8 @@ def test_a_caller_cannot_set_what_the_log_sets(log):
 def test_nobody_else_may_read_the_log(log):
     log.append("exec.start", actor="me")
 
-    assert stat.S_IMODE(os.stat(log._directory).st_mode) == 0o700
-    assert [stat.S_IMODE(os.stat(path).st_mode) for path in (log._log_path, log._head_path)] == [0o600, 0o600]
+    assert stat.S_IMODE(os.stat(log._where.directory).st_mode) == 0o700
+    assert [stat.S_IMODE(os.stat(path).st_mode) for path in (log._where.log, log._where.head)] == [0o600, 0o600]
 
 
 def test_no_descriptor_of_the_log_reaches_a_program_that_is_started(log):
@@ -137,20 +158,20 @@ def test_no_descriptor_of_the_log_reaches_a_program_that_is_started(log):
 
     listing = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, check=True)
 
-    assert log._directory not in listing.stdout
+    assert log._where.directory not in listing.stdout
 
 
 def test_looking_at_a_log_that_was_never_begun_makes_none(log):
     assert (list(log.records()), log.verify().ok, log.anchor()) == ([], True, "0:" + "0" * 64)
     assert log.unended(["run_1"]) == set()
-    assert not os.path.exists(log._directory)
+    assert not os.path.exists(log._where.directory)
 
 
 # --- many writers, and their deaths --------------------------------------------------------------------------
 
 
 def test_eight_processes_append_at_once_and_no_record_is_lost_or_doubled(log):
-    writers = [writer(log._directory, count=200) for _ in range(8)]
+    writers = [writer(log._where.directory, count=200) for _ in range(8)]
     acknowledged = [int(line) for each in writers for line in each.communicate()[0].split()]
 
     assert [each.returncode for each in writers] == [0] * 8
@@ -159,8 +180,9 @@ def test_eight_processes_append_at_once_and_no_record_is_lost_or_doubled(log):
     assert len({(record["actor"], record["number"]) for record in log.records()}) == 1600
 
 
-def test_threads_and_forked_children_share_one_object(log):
+def test_threads_and_forked_children_share_one_object(log, idle):
     log.append("first", actor="me")
+    idle()
 
     def append_fifty():
         for _ in range(50):
@@ -187,7 +209,7 @@ def test_killing_writers_at_any_moment_loses_no_record_whose_append_returned(log
     chance = random.Random(0)
     acknowledged = set()
     for _ in range(20):
-        writers = [writer(log._directory, filler=filler) for filler in (10, 200_000)]
+        writers = [writer(log._where.directory, filler=filler) for filler in (10, 200_000)]
         acknowledged |= {int(each.stdout.readline()) for each in writers}
         time.sleep(chance.uniform(0, 0.03))
         for each in writers:
@@ -218,7 +240,7 @@ def test_records_written_before_a_kill_that_came_before_the_head_was_written_are
 @pytest.mark.parametrize("torn", [b"{", b'{"seq":2,"time":"2026-', b"\0" * 5000])
 def test_half_a_record_at_the_end_is_cut_off_and_said_so(log, torn):
     log.append("one", actor="me")
-    with open(log._log_path, "ab") as file:
+    with open(log._where.log, "ab") as file:
         file.write(torn)
 
     assert log.verify().ok
@@ -232,9 +254,10 @@ def test_half_a_record_at_the_end_is_cut_off_and_said_so(log, torn):
 
 @pytest.mark.parametrize("call", ["write", "pwrite", "ftruncate"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_repair_that_is_killed_at_any_step_is_recorded_by_the_next(log, monkeypatch, call, when):
+def test_a_repair_that_is_killed_at_any_step_is_recorded_by_the_next(log, idle, monkeypatch, call, when):
     log.append("one", actor="me")
-    with open(log._log_path, "ab") as file:
+    idle()
+    with open(log._where.log, "ab") as file:
         file.write(b'{"seq":2,"time"')
 
     child = os.fork()
@@ -310,7 +333,7 @@ def test_a_write_that_stops_half_way_leaves_nothing_of_its_record(log):
         "AuditLog(sys.argv[1]).append('two', actor='me', filler='x' * 20_000)"
     )
     environment = {**os.environ, "PYTHONPATH": CHECKOUT}
-    argv = [sys.executable, "-c", limited, log._directory]
+    argv = [sys.executable, "-c", limited, log._where.directory]
     answer = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
 
     assert "AuditError: the audit log" in answer.stderr
@@ -332,52 +355,174 @@ def test_a_log_that_cannot_be_made_refuses_with_the_remedy(tmp_path):
 def test_a_log_that_may_not_be_written_refuses_with_the_remedy(log):
     log.append("one", actor="me")
     log.close()
-    os.chmod(log._log_path, 0o400)
+    os.chmod(log._where.log, 0o400)
 
     with pytest.raises(AuditError, match="Permission denied; give this user"):
         log.append("two", actor="me")
     assert_sound(log)
 
 
-def test_with_always_a_record_is_on_the_disk_when_append_returns(tmp_path):
+@pytest.fixture
+def flushes(monkeypatch):
+    """The thread of each flush of a log, as it begins. What `flushes.error` holds is raised in place of it."""
+
+    class Flushes(list):
+        error = None
+
+    flushes, genuine = Flushes(), os.fdatasync
+
+    def fdatasync(descriptor):
+        flushes.append(threading.get_ident())
+        if flushes.error is not None:
+            raise flushes.error
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return flushes
+
+
+def eventually(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.005)
+
+
+def threads():
+    return os.listdir("/proc/self/task")
+
+
+def test_with_always_a_record_is_on_the_disk_when_append_returns(tmp_path, flushes):
     log = AuditLog(str(tmp_path / "audit"), fsync="always")
-    for _ in range(3):
+    for number in range(3):
         log.append("exec.start", actor="me")
 
         assert head_of(log)["flushed"] == head_of(log)["last"]
-        assert log.flush_in() is None
+        assert flushes == [threading.get_ident()] * (number + 1)
 
 
-def test_in_groups_records_wait_for_at_most_fifty_milliseconds(log):
+def test_in_groups_nobody_waits_for_the_disk_and_nobody_need_do_more(log, flushes):
+    for _ in range(5):
+        log.append("exec.start", actor="me")
+
+    eventually(lambda: head_of(log)["flushed"] == head_of(log)["last"])
+    assert threading.get_ident() not in flushes
+    assert head_of(log)["last"][0] == 5
+
+
+def test_records_that_come_during_a_flush_are_flushed_after_it(log, monkeypatch):
+    late, genuine = iter(["late"]), os.fdatasync
+
+    def fdatasync(descriptor):
+        for event in late:
+            log.append(event, actor="me")
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    log.append("first", actor="me")
+
+    eventually(lambda: head_of(log)["flushed"][0] == 2)
+
+
+def test_a_log_that_is_idle_has_no_thread(log, idle):
+    for _ in range(3):
+        log.append("exec.start", actor="me")
+        idle()
+
+    assert head_of(log)["flushed"] == head_of(log)["last"]
+
+
+def test_a_flush_that_fails_is_told_by_the_next_append_whose_record_is_kept(log, idle, flushes):
+    flushes.error = OSError(errno.EIO, os.strerror(errno.EIO))
     log.append("one", actor="me")
-    first = head_of(log)
-    assert first["flushed"] != first["last"]
-    assert 0 <= log.flush_in() <= 0.05
+    idle()
 
-    time.sleep(0.06)
-    assert log.flush_in() == 0.0
-    log.append("two", actor="me")
-
-    assert head_of(log)["flushed"] == head_of(log)["last"] != first["last"]
-    assert log.flush_in() is None
+    flushes.error = None
+    with pytest.raises(AuditError, match="cannot be written: Input/output error; check the disk"):
+        log.append("two", actor="me")
+    log.append("three", actor="me")
+    log.close()
+    assert seqs(log) == [1, 2, 3]
 
 
-def test_close_brings_the_rest_to_the_disk_and_the_log_can_go_on(log):
+@pytest.mark.parametrize("verb", ["flush", "close"])
+def test_a_flush_that_fails_is_told_at_the_latest_by_close(log, idle, flushes, verb):
+    flushes.error = OSError(errno.EIO, os.strerror(errno.EIO))
+    log.append("one", actor="me")
+    idle()
+
+    flushes.error = None  # the second attempt would find nothing wrong: the kernel tells of each failure once
+    with pytest.raises(AuditError, match="Input/output error"):
+        getattr(log, verb)()
+
+
+def test_close_brings_the_rest_to_the_disk_and_the_log_can_go_on(log, idle, flushes):
     log.append("one", actor="me")
     log.close()
 
     assert head_of(log)["flushed"] == head_of(log)["last"]
+    idle()
+    assert len(flushes) == 1
     log.append("two", actor="me")
     assert_sound(log)
+
+
+def test_closing_what_is_flushed_flushes_nothing(log, flushes):
+    log.append("one", actor="me")
+    log.flush()
+    log.close()
+
+    assert len(flushes) == 1
+
+
+def test_a_forked_child_flushes_what_it_has_written(log, idle):
+    log.append("one", actor="me")
+    idle()
+
+    def child():
+        log.append("two", actor="me")
+        eventually(lambda: head_of(log)["flushed"][0] == 2)
+
+    assert forked(child) == 0
+
+
+def test_a_child_forked_while_the_log_is_in_use_can_use_it(log, idle):
+    log.append("one", actor="me")
+    idle()
+    (appender,) = log._appenders.values()
+    with appender._mutex, appender._flushing:
+        assert forked(lambda: log.append("two", actor="me")) == 0
+    assert_sound(log)
+
+
+# Every thread is refused, as at the limit of processes.
+THREADLESS = """
+import resource, sys
+from jhansi_runtime.audit import AuditLog
+
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+log = AuditLog(sys.argv[1])
+log.append("one", actor="me")
+print(open(sys.argv[1] + "/head").read())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may have any number of processes")
+def test_where_no_thread_can_be_started_append_flushes(log):
+    environment = {**os.environ, "PYTHONPATH": CHECKOUT}
+    argv = [sys.executable, "-c", THREADLESS, log._where.directory]
+    head = json.loads(subprocess.run(argv, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert head["flushed"] == head["last"]
 
 
 def test_records_that_a_power_cut_took_are_counted_by_the_next_append(log):
     log.append("one", actor="me")
     log.flush()
-    flushed = os.path.getsize(log._log_path)
+    flushed = os.path.getsize(log._where.log)
     log.append("two", actor="me")
     log.append("three", actor="me")
-    os.truncate(log._log_path, flushed + 100)
+    os.truncate(log._where.log, flushed + 100)
     change_head(log, boot="another")
 
     assert log.verify().seq == 2
@@ -391,10 +536,10 @@ def test_records_that_a_power_cut_took_are_counted_by_the_next_append(log):
 
 def test_a_restart_explains_no_loss_of_what_was_on_the_disk(log):
     log.append("one", actor="me")
-    length = os.path.getsize(log._log_path)
+    length = os.path.getsize(log._where.log)
     log.append("two", actor="me")
     log.flush()
-    os.truncate(log._log_path, length)
+    os.truncate(log._where.log, length)
     change_head(log, boot="another")
 
     with pytest.raises(AuditError, match="was cut off: record 2"):
@@ -405,9 +550,9 @@ def test_a_restart_explains_no_loss_of_what_was_written_since(log):
     log.append("one", actor="me")
     change_head(log, boot="another")
     log.append("two", actor="me")
-    length = os.path.getsize(log._log_path)
+    length = os.path.getsize(log._where.log)
     log.append("three", actor="me")
-    os.truncate(log._log_path, length)
+    os.truncate(log._where.log, length)
 
     with pytest.raises(AuditError, match="was cut off: record 3"):
         log.append("four", actor="me")
@@ -441,7 +586,7 @@ def test_follow_goes_on_with_what_others_append(log):
     followed = log.records(follow=True)
     assert next(followed)["seq"] == 1
 
-    with writer(log._directory, count=3, filler=100_000):
+    with writer(log._where.directory, count=3, filler=100_000):
         assert [next(followed)["seq"] for _ in range(3)] == [2, 3, 4]
 
 
@@ -456,7 +601,7 @@ def test_runs_without_an_end_are_found_among_those_asked_for(log):
 def test_export_copies_all_lines_or_a_range_unchanged(log):
     for _ in range(5):
         log.append("exec.start", actor="me")
-    with open(log._log_path, "rb") as file:
+    with open(log._where.log, "rb") as file:
         lines = file.readlines()
     every, some = io.BytesIO(), io.BytesIO()
 
@@ -468,7 +613,7 @@ def test_export_copies_all_lines_or_a_range_unchanged(log):
 def test_a_line_that_is_no_record_stops_a_reader_and_is_named(log):
     log.append("exec.start", actor="me")
     log.close()
-    with open(log._log_path, "ab") as file:
+    with open(log._where.log, "ab") as file:
         file.write(b"[]\n")
 
     with pytest.raises(AuditError, match=r"line 2 of .* is not a record; run `jhansi-run audit verify`"):

@@ -8,6 +8,7 @@ import pytest
 THIRD_PARTY = {"msgspec"}
 OURS = {
     "jhansi_runtime",
+    "jhansi_runtime.appender",
     "jhansi_runtime.audit",
     "jhansi_runtime.beneath",
     "jhansi_runtime.chain",
@@ -31,6 +32,7 @@ OURS = {
     "jhansi_runtime.engine.wiring",
     "jhansi_runtime.errors",
     "jhansi_runtime.explanations",
+    "jhansi_runtime.flusher",
     "jhansi_runtime.execution",
     "jhansi_runtime.isolation",
     "jhansi_runtime.isolation.cgroup",

@@ -6,7 +6,7 @@ The event loop never waits for a disk or a job: whatever may is called through `
 import asyncio
 import os
 import signal
-from asyncio import AbstractEventLoop, Future, Task, TimerHandle
+from asyncio import AbstractEventLoop, Future, Task
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -75,7 +75,6 @@ class Service:
         self._tasks: set[Task[None]] = set()
         self._needs_key = keys is not None and not keys.is_empty()
         self._closing = False
-        self._flushing: TimerHandle | None = None
         self._probing = asyncio.Lock()
         self._health: Health | None = None
         self._health_stands_until = 0.0
@@ -104,10 +103,7 @@ class Service:
 
     async def in_thread(self, function: Callable[..., _Result], *arguments: object) -> _Result:
         """Call what may wait for a disk. It is finished even when whoever asked for it is gone."""
-        try:
-            return await _finished(_loop().run_in_executor(self._files, function, *arguments))
-        finally:
-            self._flush_in_time()
+        return await _finished(_loop().run_in_executor(self._files, function, *arguments))
 
     async def attended(self, control: Control, work: Callable[[], _Result]) -> _Result:
         """Call what runs a job; when whoever asked for it is gone, the job is ended, and then this.
@@ -128,18 +124,6 @@ class Service:
             return working.result()
         finally:
             self._under_way.discard(control)
-            self._flush_in_time()
-
-    def _flush_in_time(self) -> None:
-        """See that what was written to the audit log reaches the disk when it has to (CONTRACT: Audit log)."""
-        due = self.runtime.audit.flush_in()
-        if due is not None and self._flushing is None:
-            self._flushing = _loop().call_later(due, self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = None
-        if not self._closing:
-            self.spawn(_finished(_loop().run_in_executor(self._files, self.runtime.audit.flush)))
 
     @asynccontextmanager
     async def turn(self, caller: Caller) -> AsyncIterator[float]:
@@ -224,6 +208,7 @@ class Service:
                 for sandbox in await self.in_thread(self.runtime.collect_garbage):
                     await self.in_thread(self.runs.forget_sandbox, sandbox.id)
                 await self.in_thread(self.runs.sweep, self.settings.keep_runs_for, self.settings.keep_runs)
+                await self.in_thread(self.runtime.audit.flush)  # raises what no record since has raised
             except (JhansiError, OSError) as error:  # a full disk, say: the next time may do better
                 self.telemetry.note_defect(error)
             await asyncio.sleep(HOUSEKEEPING_SECONDS)

@@ -12,7 +12,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from jhansi_runtime.digest import sha256
 from jhansi_runtime.engine.pump import Output
@@ -32,17 +32,6 @@ _ENDED_WITHIN_SECONDS = 1.0
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 _LONGEST_WAIT_SECONDS = 3600.0
-_FLUSH_AHEAD_SECONDS = 0.03
-
-
-class Log(Protocol):
-    """What has to reach the disk while a job runs."""
-
-    def flush_in(self) -> float | None:
-        """Return the seconds until a flush is due; None when there is nothing to flush."""
-
-    def flush(self) -> None:
-        """Flush."""
 
 
 class Written(NamedTuple):
@@ -89,13 +78,11 @@ def execute(
     bounds: Bounds,
     *,
     stdin: bytes,
-    log: Log | None = None,
     watches: Sequence[Watch] = (),
 ) -> Ended:
     """Run one order in a slot, which its owner then closes.
 
-    stdin is fed when streams.stdin is None; log, if any, is flushed when it asks for it; watches look while the job
-    runs, besides the one that goes with the slot.
+    stdin is fed when streams.stdin is None; watches look while the job runs, besides the one that goes with the slot.
 
     HostError when a step of isolation fails: nothing was run. OSError when the host's own streams cannot be used.
     """
@@ -103,7 +90,7 @@ def execute(
         size = wiring.size
         slot.start(order._replace(terminal=size, on_terminal=wiring.on_terminal), wiring.passed)
         wiring.passed_on()
-        run = _Run(slot, wiring, log, streams.control, bounds, watches)
+        run = _Run(slot, wiring, streams.control, bounds, watches)
         run.until_ended()
         return Ended(
             outcome=run.outcome,
@@ -124,7 +111,6 @@ class _Run:
         self,
         slot: Slot,
         wiring: Wiring,
-        log: Log | None,
         control: int | None,
         bounds: Bounds,
         watches: Sequence[Watch],
@@ -137,7 +123,6 @@ class _Run:
         self._watches = list(watches)
         self._slot = slot
         self._wiring = wiring
-        self._log = log
         self._control = control
         self._bounds = bounds
         self._ready = False
@@ -150,11 +135,8 @@ class _Run:
 
     def until_ended(self) -> None:
         """Move bytes, watch the clock and pass signals on, until the slot has ended and its output is delivered."""
-        # While the job starts there is nothing else to do; left until it is due, a flush would hold up the next record.
-        self._flush(due_within=_FLUSH_AHEAD_SECONDS)
         while self._alive or any(output.interest() for output in self._wiring.outputs):
             ready = self._poll()
-            self._flush(due_within=0.0)
             if self._alive and self._slot.channel in ready:
                 self._hear()
             if self._control in ready:
@@ -174,12 +156,6 @@ class _Run:
             if watch.due_in() <= 0 and (reason := watch.look()) is not None:
                 self._end(reason)
                 return
-
-    def _flush(self, *, due_within: float) -> None:
-        if self._log is not None:
-            flush_in = self._log.flush_in()
-            if flush_in is not None and flush_in <= due_within:
-                self._log.flush()
 
     def _poll(self) -> set[int]:
         poll = select.poll()
@@ -202,9 +178,6 @@ class _Run:
             seconds = min(seconds, self._deadline - time.monotonic())
         if self._is_watched:
             seconds = min(seconds, *(watch.due_in() for watch in self._watches))
-        flush_in = None if self._log is None else self._log.flush_in()
-        if flush_in is not None:
-            seconds = min(seconds, flush_in)
         return max(0, math.ceil(seconds * 1000))
 
     def _move(self, ready: set[int]) -> None:

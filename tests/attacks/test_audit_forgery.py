@@ -24,7 +24,7 @@ def genuine(tmp_path_factory):
     for number in range(COUNT):
         log.append("exec.start", actor="uid:1000", run_id=f"run_{number}", argv=["python3", "main.py"])
     log.close()
-    with open(log._log_path, "rb") as lines, open(log._head_path, "rb") as head:
+    with open(log._where.log, "rb") as lines, open(log._where.head, "rb") as head:
         return lines.readlines(), head.read()
 
 
@@ -236,7 +236,7 @@ def test_a_log_that_was_cut_off_takes_no_record_that_would_hide_it(genuine, tmp_
 def test_a_log_removed_while_a_process_has_it_open_takes_no_record(tmp_path):
     log = AuditLog(str(tmp_path))
     log.append("exec.start", actor="me")
-    os.unlink(log._log_path)
+    os.unlink(log._where.log)
 
     with pytest.raises(AuditError, match="was removed while in use"):
         log.append("exec.start", actor="me")
