@@ -45,6 +45,15 @@ def open_to_us(monkeypatch):
 
 
 @pytest.fixture
+def inheritable():
+    """This process has a file open that every program is given that it starts."""
+    descriptor = os.open("/etc/passwd", os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
+    yield
+    os.close(descriptor)
+
+
+@pytest.fixture
 def launcher(runtime, sandbox):
     """The pid of the launcher, which the first exec has started."""
     before = children()
@@ -78,7 +87,7 @@ def test_a_thread_that_ends_takes_no_container_along(runtime, sandbox):
     assert runtime.exec(sh(sandbox, "sleep 0.2; echo alive")).stdout == "alive\n"
 
 
-@pytest.mark.usefixtures("open_to_us")
+@pytest.mark.usefixtures("open_to_us", "inheritable")
 def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
     begun_by(launcher)
     descriptors = sorted(
@@ -95,8 +104,10 @@ def test_it_has_no_environment_no_descriptor_and_one_thread(launcher):
 
 
 def test_it_and_what_it_has_begun_are_closed_to_every_process_of_its_user(launcher):
-    for pid in (launcher, begun_by(launcher)):
-        deadline = time.monotonic() + 20  # init is open until the launcher has written its id map
+    begun = begun_by(launcher)
+    for pid in (launcher, begun, *descendants(begun)):
+        # init is open until the launcher has written its id map, its job until it has written its own
+        deadline = time.monotonic() + 20
         while os.access(f"/proc/{pid}/fd", os.R_OK) and time.monotonic() < deadline:
             time.sleep(0.01)
         for name in ("environ", "maps", "mem"):

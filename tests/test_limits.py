@@ -275,6 +275,23 @@ def test_the_time_of_an_orphan_counts(run_program):
     assert result.record["cpu_time_ms"] > 700
 
 
+def test_the_time_of_what_a_job_leaves_behind_counts(run_program):
+    program = """
+    import os, time
+    if os.fork() == 0:
+        while time.process_time() < 0.8:
+            pass
+        open("done", "w")
+        time.sleep(60)
+    while not os.path.exists("done"):
+        time.sleep(0.05)
+    """
+    result = run_program(program)
+
+    assert result.record["status"] == "exited"
+    assert result.record["cpu_time_ms"] > 700
+
+
 @pytest.mark.parametrize("cpus", [0.3, 1, os.cpu_count(), 10_000])
 def test_every_way_to_count_cpus_gives_the_same_number(run_program, cpus):
     program = r"""

@@ -431,6 +431,7 @@ def _put_things_within_reach(host):
     folder = os.open(host.folder / "private", os.O_RDONLY)
     leaked = {"DESCRIPTOR": 0, "FOLDER_DESCRIPTOR": folder}
     leaked = {name: fcntl.fcntl(descriptor, fcntl.F_DUPFD, _LEAKED) for name, descriptor in leaked.items()}
+    leaked["LOW_DESCRIPTOR"] = fcntl.fcntl(0, fcntl.F_DUPFD, 3)  # and one below all of init's
     signal.signal(signal.SIGUSR1, lambda *_: socket.sethostname("owned"))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     LIBC.syscall(number_of("keyctl"), 1, None)  # KEYCTL_JOIN_SESSION_KEYRING: a new one

@@ -129,6 +129,14 @@ def without_refusal_of_links():
     without(landlock, "restrict")()
 
 
+def without_new_root():
+    """The container is built, but the host's root stays where it is; the workspace is the folder /tmp there."""
+    without(mounts, "enter_root")()
+    without_umount_of(b"/" + mounts.HIDDEN_WORKSPACES.encode())()
+    without(landlock, "restrict")()
+    without(job, "_WORKSPACE", "/tmp")()
+
+
 def with_much_scratch():
     genuine = mounts.operations
     return without(mounts, "operations", lambda sources, tmp_bytes, cpus: genuine(sources, tmp_bytes * 64, cpus))

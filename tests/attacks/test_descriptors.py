@@ -14,6 +14,7 @@ from attempts import (
     Attempts,
     Refusal,
     Row,
+    attempt,
     each,
     each_alone,
     each_refusal,
@@ -29,6 +30,7 @@ from removals import (
     with_the_hosts_own,
     without,
     without_in,
+    without_new_root,
     without_umount_of,
 )
 
@@ -65,6 +67,12 @@ TABLE = [
         "the job closes every descriptor",
         (DESCRIPTORS_OF_JOB,),
         'print("escaped" if os.pread(int(E["DESCRIPTOR"]), 100, 0) == SECRET.encode() else "")',
+        also=(DESCRIPTORS_OF_INIT,),
+    ),
+    Row(
+        "the job closes what lies below its own descriptors as well",
+        (DESCRIPTORS_OF_JOB,),
+        'print("escaped" if os.pread(int(E["LOW_DESCRIPTOR"]), 100, 0) == SECRET.encode() else "")',
         also=(DESCRIPTORS_OF_INIT,),
     ),
     Row(
@@ -274,6 +282,25 @@ def test_the_attack_succeeds_without_the_step(attempts, row):
 @each_refusal(REFUSALS)
 def test_the_attack_is_refused(attempts, refusal):
     attempts.assert_it_is_refused(refusal)
+
+
+# --- what the job looks at itself before it begins: other steps have seen to it already -------------------------------
+
+UNSEEN = without(job, "_enter_workspace")
+MISPLACED = {
+    "its working directory is one of the host's": ((without_in(job, "os", "chdir"), LANDLOCK), "../private/secret"),
+    "its root is the host's": ((without_new_root,), None),
+}
+
+
+@pytest.mark.parametrize(("taken_out", "path"), MISPLACED.values(), ids=MISPLACED)
+def test_a_job_in_the_wrong_place_does_not_begin(attempts, taken_out, path):
+    path = path or attempts.host.environment["SECRET_FILE"]
+    argv = ("/usr/bin/python3", "-c")
+    attack = f"PATH = {path!r}{READ}"
+    told = attempt(attempts.host, attack, taken_out, command=argv)
+    assert "isolation failed at the step 'working directory'" in told.get("error", ""), told
+    assert attempt(attempts.host, attack, (*taken_out, UNSEEN), command=argv)["lines"] == ["escaped"]
 
 
 def test_no_file_of_the_host_has_been_changed(attempts):

@@ -5,6 +5,7 @@ Asked twice, in a root tree of our own and in the host's programs: nothing may d
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -279,7 +280,8 @@ def test_every_mount_is_accounted_for(facts, rootfs):
     expected = {*MOUNTS, *(f"/dev/{name}" for name in DEVICES)}
     expected |= {f"/proc/{name}" for name in (*MASKED_FILES, *MASKED_FOLDERS)}
     found = {mount[4] for mount in facts["mounts"]}
-    assert found >= {*MOUNTS, *(f"/dev/{name}" for name in DEVICES)}
+    masked = {f"/proc/{name}" for name in MASKED_FOLDERS if os.path.isdir(f"/proc/{name}")}
+    assert found >= {*MOUNTS, *(f"/dev/{name}" for name in DEVICES), *masked}
     assert found - expected <= (LENT if rootfs == "host" else set())
 
 
@@ -326,6 +328,29 @@ def test_every_device_is_one_of_ours_and_no_other(facts):
     }
     links = {path for path, (kind, _) in facts["tree"].items() if kind == stat.S_IFLNK and path.startswith("/dev/")}
     assert links == {"/dev/ptmx", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr"}
+
+
+@pytest.mark.parametrize("other", ["a file", "another device"])
+def test_a_device_of_the_hosts_that_is_another_than_its_name_says_ends_the_exec(secret, runtime_environment, other):
+    other = {"a file": secret, "another device": "/dev/full"}[other]
+    # The one with the power to mount; the other an ordinary user again.
+    lying = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        f"mount --bind {other} /dev/zero && exec $*",
+        "-",
+    ]
+    user = ["unshare", "--user", f"--map-user={os.getuid()}", f"--map-group={os.getgid()}"]
+    words = [sys.executable, "-m", "jhansi_runtime", "run", "--rootfs=host", FACTS]
+    argv = [*lying, *user, *words]
+    answer = subprocess.run(argv, env=runtime_environment, capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (125, ""), answer.stderr
+    assert "isolation failed at the step 'sources'" in answer.stderr
+    assert "the host's device is not what its name says: '/dev/zero'" in answer.stderr
 
 
 def test_no_terminal_of_the_host_is_in_devpts(facts):
@@ -425,6 +450,18 @@ def test_the_limits_are_those_that_were_asked_for(facts):
     assert limits["nofile"][0] == limits["nofile"][1] <= 1024
     assert limits["nice"] == limits["rtprio"] == [0, 0]
     assert limits["memlock"][1] <= 64 << 10
+
+
+def test_how_much_stack_it_has_is_not_its_callers_to_say(jhansi, rootfs):
+    box = jhansi("create", "--rootfs", rootfs).stdout.strip()
+    before, ceiling = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (4 << 20, ceiling))
+    try:
+        answer = jhansi("exec", "--command", box, "sh", "-c", "ulimit -Ss")
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (before, ceiling))
+    expected = 8 << 20 if ceiling == resource.RLIM_INFINITY else min(8 << 20, ceiling)
+    assert (answer.stdout, answer.stderr) == (f"{expected // 1024}\n", "")
 
 
 def test_the_job_cannot_shield_itself_from_the_out_of_memory_killer(facts):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import resource
 import stat
 import subprocess
 import sys
@@ -150,6 +152,55 @@ def test_nothing_of_roots_can_be_opened(jhansi, folder, tmp_path):
     told = json.loads(answer.stdout)
     assert told[:5] == [*AS_1000, *found]
     assert set(told[5:]) <= {"OSError", "PermissionError"}  # a read-only file system, or not allowed
+
+
+# Prints two limits, and what became of being preferred to others.
+FASTER = """
+import os, resource
+def real_time():
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+def tried(attempt):
+    try:
+        attempt()
+        return "done"
+    except OSError as error:
+        return type(error).__name__
+print(resource.getrlimit(resource.RLIMIT_NICE), tried(lambda: os.setpriority(os.PRIO_PROCESS, 0, -1)))
+print(resource.getrlimit(resource.RLIMIT_RTPRIO), tried(real_time))
+"""
+
+
+def test_the_priorities_that_the_caller_may_have_are_not_the_jobs(jhansi, folder):
+    (folder / "faster.py").write_text(FASTER)
+    before = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)}
+    try:
+        for kind in before:
+            resource.setrlimit(kind, (40, 40))
+        answer = jhansi("run", "--rootfs", "host", "--workspace", folder, folder / "faster.py")
+    except ValueError:
+        host_lacks("CAP_SYS_RESOURCE", "root may not raise its own limits here")
+    finally:
+        for kind, limits in before.items():
+            resource.setrlimit(kind, limits)
+    assert answer.stdout.splitlines() == ["(0, 0) PermissionError"] * 2, answer.stderr
+
+
+def test_init_is_closed_on_a_machine_that_dumps_whoever_has_changed_its_ids(staying, folder):
+    setting = pathlib.Path("/proc/sys/fs/suid_dumpable")
+    before = setting.read_text()
+    try:
+        setting.write_text("1")
+    except OSError:
+        host_lacks("root's settings", f"{setting} cannot be written here")
+    try:
+        process, init, _ = staying("run", "--rootfs", "host", "--workspace", str(folder), str(folder / "staying.py"))
+    finally:
+        setting.write_text(before)
+    # Files of a process are its user's where it is dumpable, and root's where not (proc(5)).
+    assert owners(f"/proc/{init.pid}/environ") == (0, 0)
+    process.communicate(b"")
+    assert process.returncode == 0
+    os.rmdir(folder / "closed")
 
 
 # --- with a step taken out; tests/attacks does so for those that an ordinary user can show ----------------------
