@@ -1,11 +1,14 @@
 """The pool: a slot waits for one exec and serves no other; what has died is given to nobody, and nothing is left."""
 
+import json
 import os
+import pathlib
 import signal
 import threading
 import time
 
 import pytest
+from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import LauncherProcess
@@ -156,6 +159,22 @@ def test_what_was_wanted_once_is_not_remembered_for_ever(pooled, box, monkeypatc
         runtime.exec(program(box, tmp=(number + 1) << 20))
 
     assert len(runtime.pool._shelves) <= 4
+
+
+@pytest.mark.parametrize(("source", "has_zygote"), [("debian bookworm", True), ("/somebodys.tar", False)])
+def test_only_a_rootfs_of_signed_packages_has_a_zygote(home, tmp_path, source, has_zygote):
+    built, mine = pathlib.Path(home, "rootfs"), tmp_path / "rootfs"
+    mine.mkdir()
+    record = json.loads((built / "python.json").read_text())
+    (mine / record["tree"]).symlink_to(built / record["tree"])
+    record["info"]["source"] = source
+    (mine / "python.json").write_text(json.dumps(record))
+    pool = Pool(LauncherProcess(), Sizes())
+    with Runtime(Paths.from_environment(environment_with(tmp_path)), slots=pool) as runtime:
+        box = runtime.create().id
+        runtime.write(box, "main.py", b"print(1)")
+        assert runtime.exec(program(box)).stdout == "1\n"
+        assert [key.zygote is not None for key in pool._shelves] == [has_zygote]
 
 
 @pytest.mark.parametrize("whom", ["zygote", "launcher"])

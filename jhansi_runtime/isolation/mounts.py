@@ -235,7 +235,8 @@ def operations(sources: Sources, tmp_bytes: int, processors: tuple[int, ...]) ->
         Overlay("tmp/home", "home/sandbox"),
         Overlay("tmp/shm", "dev/shm"),
         Overlay("tmp/tmp", "tmp"),
-        Bind(sources.workspaces, HIDDEN_WORKSPACES, scratch),
+        # The one workspace gets its attributes when it is attached; nothing is opened in here but that.
+        Bind(sources.workspaces, HIDDEN_WORKSPACES, 0),
     )
 
 

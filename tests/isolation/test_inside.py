@@ -404,12 +404,19 @@ import ctypes
 print(ctypes.CDLL(None).syscall(ctypes.c_long(0x40000000 | 39)))  # getpid
 """,
 }
+# To end the one thread that called would leave a program that goes on.
+IN_A_THREAD = """
+import os, threading, time
+threading.Thread(target=exec, args=(SOURCE, {})).start()
+time.sleep(5)
+os._exit(0)
+"""
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86-64 has these doors")
 @pytest.mark.parametrize("source", FOREIGN_CALLS.values(), ids=FOREIGN_CALLS)
 def test_a_call_of_another_architecture_ends_the_program(jhansi, tmp_path, source):
-    (tmp_path / "main.py").write_text(source)
+    (tmp_path / "main.py").write_text(f"SOURCE = {source!r}{IN_A_THREAD}")
     answer = jhansi("run", "--json", tmp_path / "main.py")
     assert json.loads(answer.stdout)["signal"] == "SIGSYS"
 
