@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import prctl
@@ -63,10 +64,11 @@ def rootfs(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def zygote(rootfs, leaked, runtime_environment):
+@contextmanager
+def waiting(environment, rootfs):
+    """A zygote of that rootfs in which a slot waits: its process, and its pidfd."""
     pool = Pool(LauncherProcess(), Sizes(minimum=1))
-    with Runtime(Paths.from_environment(runtime_environment), slots=pool) as runtime:
+    with Runtime(Paths.from_environment(environment), slots=pool) as runtime:
         box = runtime.create(rootfs=rootfs).id
         runtime.write(box, "main.py", b"")
         made = []
@@ -76,8 +78,14 @@ def zygote(rootfs, leaked, runtime_environment):
         pidfd = made[0].source.process.pidfd
         with open(f"/proc/self/fdinfo/{pidfd}") as file:
             pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
-        yield Zygote(psutil.Process(pid), pidfd, leaked)
+        yield psutil.Process(pid), pidfd
         runtime.remove(box)
+
+
+@pytest.fixture(scope="module")
+def zygote(rootfs, leaked, runtime_environment):
+    with waiting(runtime_environment, rootfs) as (process, pidfd):
+        yield Zygote(process, pidfd, leaked)
 
 
 def told(process, name):
@@ -137,14 +145,17 @@ def test_it_and_what_waits_in_it_keep_their_memory_from_every_process_of_their_u
             eventually(lambda path=f"/proc/{process.pid}/{name}": not os.access(path, os.R_OK))
 
 
-def test_a_killed_launcher_takes_it_along(zygote):
-    process, launcher = zygote.process, zygote.process.parent()
+def assert_it_dies_with_its_parent(process):
     prctl.set_child_subreaper(1)
     process.suspend()  # only the kernel can act for it
     try:
-        launcher.kill()
+        process.parent().kill()
         assert psutil.wait_procs([process], timeout=WITHIN_SECONDS)[1] == []
     finally:
         if process.is_running():
             process.kill()
         prctl.set_child_subreaper(0)
+
+
+def test_a_killed_launcher_takes_it_along(zygote):
+    assert_it_dies_with_its_parent(zygote.process)

@@ -10,7 +10,11 @@ import sys
 
 import psutil
 import pytest
-from conftest import environment_with, host_lacks, run
+from conftest import CHECKOUT, environment_with, host_lacks, run
+
+sys.path.insert(0, os.path.join(CHECKOUT, "tests", "isolation"))  # as pytest does for the files in there
+
+import test_outer
 
 pytestmark = pytest.mark.root
 
@@ -201,6 +205,21 @@ def test_init_is_closed_on_a_machine_that_dumps_whoever_has_changed_its_ids(stay
     process.communicate(b"")
     assert process.returncode == 0
     os.rmdir(folder / "closed")
+
+
+def test_a_killed_launcher_takes_init_along_whose_ids_have_changed(staying, folder):
+    process, init, _ = staying("run", "--rootfs", "host", "--workspace", str(folder), str(folder / "staying.py"))
+    test_outer.assert_it_dies_with_its_parent(init)
+    process.communicate(b"")
+    os.rmdir(folder / "closed")
+
+
+def test_a_zygote_is_an_unprivileged_id_without_groups_and_a_killed_launcher_takes_it_along(environment):
+    with test_outer.waiting(environment, "host") as (zygote, _):
+        told = status(zygote)
+        assert told["Uid"] == told["Gid"] == [str(HOST_ID)] * 4
+        assert told["Groups"] == []
+        test_outer.assert_it_dies_with_its_parent(zygote)
 
 
 # --- with a step taken out; tests/attacks does so for those that an ordinary user can show ----------------------
