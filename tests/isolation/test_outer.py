@@ -64,6 +64,14 @@ def rootfs(request):
     return request.param
 
 
+def eventually(holds):
+    deadline = time.monotonic() + WITHIN_SECONDS
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+    return found
+
+
 @contextmanager
 def waiting(environment, rootfs):
     """A zygote of that rootfs in which a slot waits: its process, and its pidfd."""
@@ -71,11 +79,12 @@ def waiting(environment, rootfs):
     with Runtime(Paths.from_environment(environment), slots=pool) as runtime:
         box = runtime.create(rootfs=rootfs).id
         runtime.write(box, "main.py", b"")
-        made = []
-        while not made:
+
+        def made():
             runtime.exec(ExecRequest(sandbox=box, filename="main.py", limits=PATIENCE))
-            made = [made for shelf in pool._shelves.values() for made in list(shelf.idle) if made.source]
-        pidfd = made[0].source.process.pidfd
+            return [made for shelf in pool._shelves.values() for made in list(shelf.idle) if made.source]
+
+        pidfd = eventually(made)[0].source.process.pidfd
         with open(f"/proc/self/fdinfo/{pidfd}") as file:
             pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
         yield psutil.Process(pid), pidfd
@@ -90,13 +99,6 @@ def zygote(rootfs, leaked, runtime_environment):
 
 def told(process, name):
     return pathlib.Path(f"/proc/{process.pid}/{name}").read_text()
-
-
-def eventually(holds):
-    deadline = time.monotonic() + WITHIN_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.01)
 
 
 def test_every_namespace_is_its_own_but_that_of_cgroups(zygote):
