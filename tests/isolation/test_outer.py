@@ -24,6 +24,8 @@ from jhansi_runtime.isolation import spawn
 WITHIN_SECONDS = 60
 PATIENCE = {"timeout": 300, "cpu_time": 300}
 PIDFD_GETFD = 438
+HIGHEST = 256
+LEAKED = "/etc/passwd"
 READ_ONLY = {"ro", "nosuid", "nodev"}
 # As in test_inside.py. Beside these there are devices, and what is lent, twice: for itself, and for its containers.
 MOUNTS = {
@@ -40,23 +42,22 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Zygote(NamedTuple):
-    """A zygote in which a slot waits, its pidfd, and the number of a descriptor that its launcher has."""
+    """A zygote in which a slot waits, and its pidfd."""
 
     process: psutil.Process
     pidfd: int
-    leaked: int
 
 
 @pytest.fixture(scope="module")
-def leaked():
-    """A descriptor that launchers keep, which ignore a signal, too, and write for nobody else."""
-    with pytest.MonkeyPatch.context() as patch, open("/etc/passwd", "rb") as file:
+def _careless_launcher():
+    """A launcher keeps a descriptor that it was given, ignores a signal, and writes for nobody else."""
+    with pytest.MonkeyPatch.context() as patch, open(LEAKED, "rb") as file:
         os.set_inheritable(file.fileno(), True)
         before, after = spawn._PROGRAM.split("main(", 1)
         kept = "from jhansi_runtime.isolation import launcher; launcher.close_range = lambda *_: None\n"
         careless = "import os, signal; os.umask(0o077); signal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
         patch.setattr(spawn, "_PROGRAM", f"{before}{kept}{careless}main({after}")
-        yield file.fileno()
+        yield
 
 
 @pytest.fixture(scope="module", params=["recipe", "host"])
@@ -74,7 +75,7 @@ def eventually(holds):
 
 @contextmanager
 def waiting(environment, rootfs):
-    """A zygote of that rootfs in which a slot waits: its process, and its pidfd."""
+    """Within: a Zygote of that rootfs."""
     pool = Pool(LauncherProcess(), Sizes(minimum=1))
     with Runtime(Paths.from_environment(environment), slots=pool) as runtime:
         box = runtime.create(rootfs=rootfs).id
@@ -87,14 +88,14 @@ def waiting(environment, rootfs):
         pidfd = eventually(made)[0].source.process.pidfd
         with open(f"/proc/self/fdinfo/{pidfd}") as file:
             pid = next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
-        yield psutil.Process(pid), pidfd
+        yield Zygote(psutil.Process(pid), pidfd)
         runtime.remove(box)
 
 
 @pytest.fixture(scope="module")
-def zygote(rootfs, leaked, runtime_environment):
-    with waiting(runtime_environment, rootfs) as (process, pidfd):
-        yield Zygote(process, pidfd, leaked)
+def zygote(rootfs, _careless_launcher, runtime_environment):
+    with waiting(runtime_environment, rootfs) as zygote:
+        yield zygote
 
 
 def told(process, name):
@@ -123,15 +124,21 @@ def test_every_mount_is_accounted_for_and_has_its_flags(zygote, rootfs):
         assert mount[6] == "-", mount  # nothing that the host mounts later appears there
 
 
-def test_it_has_nothing_of_the_launchers(zygote):
-    def has(number):
-        descriptor = LIBC.syscall(ctypes.c_long(PIDFD_GETFD), zygote.pidfd, number, 0)
+def open_files(pidfd):
+    """The inode of each file that a process has open, by the number of its descriptor."""
+    found = {}
+    for number in range(HIGHEST):
+        descriptor = LIBC.syscall(ctypes.c_long(PIDFD_GETFD), pidfd, number, 0)
         if descriptor >= 0:
+            found[number] = os.fstat(descriptor).st_ino
             os.close(descriptor)
-        return descriptor >= 0
+    return found
 
-    assert has(spawn.CONNECTION)
-    assert not has(zygote.leaked)
+
+def test_it_has_nothing_of_the_launchers(zygote):
+    found = open_files(zygote.pidfd)
+    assert [number for number, inode in found.items() if inode == found[spawn.CONNECTION]] == [spawn.CONNECTION]
+    assert os.stat(LEAKED).st_ino not in found.values()
     status = dict(line.split(":\t", 1) for line in told(zygote.process, "status").splitlines())
     assert status["Umask"].strip() == "0000"
     assert not int(status["SigIgn"], 16) >> (signal.SIGUSR2 - 1) & 1

@@ -215,11 +215,11 @@ def test_a_killed_launcher_takes_init_along_whose_ids_have_changed(staying, fold
 
 
 def test_a_zygote_is_an_unprivileged_id_without_groups_and_a_killed_launcher_takes_it_along(environment):
-    with test_outer.waiting(environment, "host") as (zygote, _):
-        told = status(zygote)
+    with test_outer.waiting(environment, "host") as zygote:
+        told = status(zygote.process)
         assert told["Uid"] == told["Gid"] == [str(HOST_ID)] * 4
         assert told["Groups"] == []
-        test_outer.assert_it_dies_with_its_parent(zygote)
+        test_outer.assert_it_dies_with_its_parent(zygote.process)
 
 
 # --- with a step taken out; tests/attacks does so for those that an ordinary user can show ----------------------
