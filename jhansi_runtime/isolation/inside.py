@@ -156,7 +156,7 @@ def _build(container: Container, waiting: _Waiting) -> _Built:
     with step("ids"):
         idmap.become_sandbox(container.host_id)
     with step("process"):
-        # Again, after the ids: the kernel forgets both settings when they change.
+        # Again, after the ids: when they change, the kernel forgets the one, and sets the other by fs.suid_dumpable.
         prctl.set_pdeathsig(signal.SIGKILL)
         prctl.set_dumpable(0)
     with step("user namespace limit"):
