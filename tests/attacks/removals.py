@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import struct
+import time
 
 import prctl
 
@@ -18,6 +19,7 @@ from jhansi_runtime.engine.slot import Slot
 from jhansi_runtime.engine.watchdog import Watchdog
 from jhansi_runtime.engine.watches import RemovedFilesWatch
 from jhansi_runtime.isolation import caps, detach, inside, job, landlock, launch, mounts, net, seccomp, syscalls
+from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.paths import shipped
 from jhansi_runtime.profiles import compiled_for, read_profile
 
@@ -135,6 +137,38 @@ def without_new_root():
     without_umount_of(b"/" + mounts.HIDDEN_WORKSPACES.encode())()
     without(landlock, "restrict")()
     without(job, "_WORKSPACE", "/tmp")()
+
+
+def with_late_workspace():
+    """init takes seconds to attach the workspace, unless the job has been at work by then, and says so in /tmp."""
+    genuine = mounts.attach_workspace
+
+    def attach(*arguments):
+        for _ in range(500):
+            if os.path.exists("/tmp/tried"):
+                break
+            time.sleep(0.01)
+        genuine(*arguments)
+
+    mounts.attach_workspace = attach
+
+
+class _Told:
+    """The job's channel, on which init has said already that the workspace is there."""
+
+    @staticmethod
+    def receive():
+        return messages.MOUNTED, b"", []
+
+    @staticmethod
+    def close():
+        """It stays open until there is a program."""
+
+
+def without_wait_for_workspace():
+    """The job begins whether its workspace is there or not."""
+    genuine = job._confine
+    job._confine = lambda order, _channel, *others: genuine(order, _Told, *others)
 
 
 def with_much_scratch():

@@ -27,11 +27,13 @@ from removals import (
     INNER_NAMESPACE,
     LANDLOCK,
     NOT_DUMPABLE,
+    with_late_workspace,
     with_the_hosts_own,
     without,
     without_in,
     without_new_root,
     without_umount_of,
+    without_wait_for_workspace,
 )
 
 from jhansi_runtime.isolation import detach, job, mounts
@@ -127,6 +129,18 @@ print("escaped" if os.read(os.open("secret", os.O_RDONLY, dir_fd=folder), 100) =
         "the other workspaces are detached",
         (without_umount_of(b"/" + mounts.HIDDEN_WORKSPACES.encode()),),
         'PATH = "/.jhansi/workspaces/" + E["NEIGHBOUR"] + "/workspace/note"' + READ,
+    ),
+    Row(
+        "the job begins once the other workspaces are detached",
+        (without_wait_for_workspace,),
+        """
+try:
+    print("escaped" if open("/.jhansi/workspaces/" + E["NEIGHBOUR"] + "/workspace/note").read() == SECRET else "")
+finally:
+    open("/tmp/tried", "w").close()
+""",
+        also=(with_late_workspace,),
+        command=("/usr/bin/python3", "-c"),
     ),
     Row(
         "a workspace of others cannot be written even if it is in sight",
