@@ -145,7 +145,7 @@ def test_it_has_nothing_of_the_launchers(zygote):
     assert os.getsid(zygote.process.pid) == zygote.process.pid
 
 
-def test_it_and_what_waits_in_it_keep_their_memory_from_every_process_of_their_user(zygote):
+def test_proc_shows_neither_its_memory_nor_that_of_what_waits_in_it_to_their_user(zygote):
     family = [zygote.process, *zygote.process.children(recursive=True)]
     assert len(family) >= 3  # an init in it, and that one's job
     for process in family:
