@@ -15,7 +15,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from jhansi_runtime.engine.launcher import Launcher, LauncherProcess
 from jhansi_runtime.engine.processors import Processors
 from jhansi_runtime.engine.slot import Progress, Slot
 from jhansi_runtime.engine.slots import Wanted
-from jhansi_runtime.engine.zygote import ZygoteProcess
+from jhansi_runtime.engine.sources import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Source, Sources
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation.cgroup import Limits
@@ -34,8 +34,6 @@ __all__ = ["Figures", "Pool", "Sizes"]
 
 _TURN_SECONDS = 5.0  # how often the keeper looks at shelves that nobody has taken from
 _READY_WITHIN_SECONDS = 30.0
-_RETRY_SECONDS = 1.0  # after a failure; twice as long after each further one, up to
-_LONGEST_RETRY_SECONDS = 300.0
 _MOST_SHELVES = 1000
 # Of the cgroup of a slot that waits: an exec brings its own.
 _IDLE_LIMITS = Limits(memory=512 << 20, processes=128, cpus=1.0)
@@ -75,26 +73,10 @@ class _Key(NamedTuple):
     zygote: Zygote | None
 
 
-class _Source:
-    """A zygote on its way, there, or failed; and how many slots of its there are."""
-
-    def __init__(self) -> None:
-        self.process: ZygoteProcess | None = None
-        self.generation = 0  # of its launcher
-        self.is_ready = False
-        self.began = 0.0
-        self.slots = 0
-        self.is_leaving = False
-
-    def has_died(self, generation: int) -> bool:
-        """Say whether the zygote has ended, or is about to because the launcher of its generation has."""
-        return self.generation != generation or (self.process is not None and self.process.has_ended())
-
-
 class _Made:
     """A slot of the pool: since when it is there, which CPUs it was made for, whose it is."""
 
-    def __init__(self, slot: Slot, generation: int, processors: tuple[int, ...], source: _Source | None) -> None:
+    def __init__(self, slot: Slot, generation: int, processors: tuple[int, ...], source: Source | None) -> None:
         self.slot = slot
         self.generation = generation  # of its launcher
         self.processors = processors
@@ -124,7 +106,7 @@ class _Shelf:
     def failed(self) -> None:
         """Leave it alone for a while: the caller of an exec is told why it cannot be, and not the keeper."""
         self.failures += 1
-        self.retry_at = time.monotonic() + min(_LONGEST_RETRY_SECONDS, _RETRY_SECONDS * 2**self.failures)
+        self.retry_at = time.monotonic() + min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2**self.failures)
 
 
 class Pool:
@@ -139,10 +121,8 @@ class Pool:
         self._processors = Processors()
         self._lock = threading.Lock()
         self._shelves: dict[_Key, _Shelf] = {}
-        self._sources: dict[Zygote, _Source] = {}
-        self._leaving: list[_Source] = []
+        self._sources = Sources(launcher)
         self._dropped: list[_Made] = []
-        self._retries: dict[Zygote, tuple[float, float]] = {}
         self._hits = self._misses = self._interpreters = 0
         self._keeper: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
@@ -156,8 +136,7 @@ class Pool:
         """Return what there is and what it was good for."""
         with self._lock:
             idle = sum(len(shelf.idle) for shelf in self._shelves.values())
-            zygotes = sum(source.is_ready for source in self._sources.values())
-            return Figures(self._hits, self._misses, self._interpreters, idle, zygotes)
+            return Figures(self._hits, self._misses, self._interpreters, idle, self._sources.ready())
 
     @contextmanager
     def taken(self, wanted: Wanted) -> Iterator[Slot]:
@@ -241,7 +220,7 @@ class Pool:
     def _launched(self, wanted: Wanted, zygote: Zygote | None) -> _Made:
         """Have a slot built by the zygote if that is ready, else by the launcher."""
         processors = self._processors.take(wanted.cpus)
-        source = self._ready_source(zygote)
+        source = self._sources.take(zygote)
         launcher: Launcher = self._launcher if source is None or source.process is None else source.process
         try:
             container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
@@ -253,25 +232,15 @@ class Pool:
             raise
         return _Made(slot, self._launcher.generation(), processors, source)
 
-    def _ready_source(self, zygote: Zygote | None) -> _Source | None:
-        """Return the zygote's process if it is ready, counted as having one slot more."""
-        with self._lock:
-            source = None if zygote is None else self._sources.get(zygote)
-            if source is None or not source.is_ready or source.has_died(self._launcher.generation()):
-                return None
-            source.slots += 1
-            return source
-
     def _end(self, made: _Made) -> None:
         made.slot.close()
         self._processors.give_back(made.processors)
         if made.source is not None:
             self._leave(made.source)
 
-    def _leave(self, source: _Source) -> None:
-        with self._lock:
-            source.slots -= 1
-            if source.is_leaving and source.slots == 0:
+    def _leave(self, source: Source) -> None:
+        if self._sources.leave(source):
+            with self._lock:
                 self._nudge()
 
     # --- the keeper -------------------------------------------------------------------------------------------------
@@ -315,10 +284,9 @@ class Pool:
                     poll.register(made.slot.channel, select.POLLIN)
                 for made in shelf.idle:
                     poll.register(made.slot.channel, select.POLLIN)  # what waits says nothing, but that it has ended
-            for source in self._sources.values():
-                if source.process is not None:
-                    poll.register(source.process.pidfd if source.is_ready else source.process.channel, select.POLLIN)
-            retries = [shelf.retry_at for shelf in self._shelves.values()] + [at for at, _ in self._retries.values()]
+            retries = [shelf.retry_at for shelf in self._shelves.values()] + self._sources.retries()
+        for descriptor in self._sources.descriptors():
+            poll.register(descriptor, select.POLLIN)
         now = time.monotonic()
         seconds = min([_TURN_SECONDS, *(at - now for at in retries if at > now)])
         ready = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1000))}
@@ -334,14 +302,15 @@ class Pool:
                 for made in [made for made in shelf.idle if made.slot.channel in ready]:
                     shelf.idle.remove(made)
                     self._drop(made)
-            sources = list(self._sources.items())
         for shelf, made in building:
             if made.slot.channel in ready:
                 self._progress(shelf, made)
             elif time.monotonic() - made.since > _READY_WITHIN_SECONDS:
                 self._give_up(shelf, made)
-        for zygote, source in sources:
-            self._hear_zygote(zygote, source, ready)
+        heard = self._sources.hear(ready)
+        # What stood in for slots of a zygote is not needed any more.
+        self._let_go(lambda shelf, made: made.source is None and shelf.key.zygote in heard.ready)
+        self._let_go(lambda _, made: made.source in heard.retired)
 
     def _progress(self, shelf: _Shelf, made: _Made) -> None:
         try:
@@ -372,7 +341,7 @@ class Pool:
         for shelf in sorted(shelves, key=lambda shelf: -shelf.last_taken):
             zygote = shelf.key.zygote
             if zygote is not None:
-                self._start_zygote(zygote)
+                self._sources.start(zygote)
             while self._is_short(shelf):
                 if not self._build(shelf):
                     break
@@ -425,9 +394,16 @@ class Pool:
                 if is_resting and not shelf.building:
                     del self._shelves[key]
             zygotes = {shelf.key.zygote for shelf in self._shelves.values() if shelf.target}
-            for zygote, source in list(self._sources.items()):
-                if zygote not in zygotes or (source.is_ready and now - source.began > self._sizes.zygote_age):
-                    self._retire(zygote, source)
+        retired = self._sources.review(zygotes, self._sizes.zygote_age)
+        self._let_go(lambda _, made: made.source in retired)
+
+    def _let_go(self, is_meant: Callable[[_Shelf, _Made], bool]) -> None:
+        """Let go of the slots that wait and are meant."""
+        with self._lock:
+            for shelf in self._shelves.values():
+                for made in [made for made in shelf.idle if is_meant(shelf, made)]:
+                    shelf.idle.remove(made)
+                    self._drop(made)
 
     def _drop(self, made: _Made) -> None:
         """Let go of a slot that nobody has; the keeper ends it. Whoever calls holds the lock, which that would not."""
@@ -438,11 +414,7 @@ class Pool:
             dropped, self._dropped = self._dropped, []
         for made in dropped:
             self._end(made)
-        with self._lock:
-            ended = [source for source in self._leaving if source.slots == 0]
-            self._leaving = [source for source in self._leaving if source.slots]
-        for source in ended:
-            _end_process(source)
+        self._sources.end_unused()
 
     def _clear(self) -> None:
         """End all there is."""
@@ -453,72 +425,10 @@ class Pool:
             self._shelves.clear()
         self._end_dropped()
         with self._lock:
-            sources = [*self._sources.values(), *self._leaving]
-            self._sources.clear()
-            self._leaving.clear()
             wake, self._wake = self._wake, None
-        for source in sources:
-            _end_process(source)
+        self._sources.end()
         for descriptor in wake or ():
             os.close(descriptor)
-
-    # --- zygotes ----------------------------------------------------------------------------------------------------
-
-    def _start_zygote(self, zygote: Zygote) -> None:
-        with self._lock:
-            retry_at, _ = self._retries.get(zygote, (0.0, 0.0))
-            if zygote in self._sources or time.monotonic() < retry_at:
-                return
-            source = self._sources[zygote] = _Source()
-        source.began = time.monotonic()
-        try:
-            source.process = ZygoteProcess(zygote, self._launcher)
-            source.generation = self._launcher.generation()
-        except (HostError, OSError):
-            self._zygote_failed(zygote, source)
-
-    def _hear_zygote(self, zygote: Zygote, source: _Source, ready: set[int]) -> None:
-        process = source.process
-        if process is None:
-            return
-        if source.is_ready:
-            if process.pidfd in ready:
-                self._zygote_failed(zygote, source)
-        elif process.channel in ready:
-            try:
-                process.await_ready()
-            except HostError:
-                self._zygote_failed(zygote, source)
-                return
-            with self._lock:
-                source.is_ready = True
-                self._retries.pop(zygote, None)
-                self._replace_plain(zygote)
-
-    def _replace_plain(self, zygote: Zygote) -> None:
-        """Let go of the slots without an interpreter that stood in for the zygote's. Whoever calls holds the lock."""
-        for shelf in self._shelves.values():
-            if shelf.key.zygote == zygote:
-                for made in [made for made in shelf.idle if made.source is None]:
-                    shelf.idle.remove(made)
-                    self._drop(made)
-
-    def _zygote_failed(self, zygote: Zygote, source: _Source) -> None:
-        with self._lock:
-            _, waited = self._retries.get(zygote, (0.0, _RETRY_SECONDS))
-            wait = min(_LONGEST_RETRY_SECONDS, waited * 2)
-            self._retries[zygote] = (time.monotonic() + wait, wait)
-            self._retire(zygote, source)
-
-    def _retire(self, zygote: Zygote, source: _Source) -> None:
-        """Take no more slots of it; it is ended when nobody uses one any more. Whoever calls holds the lock."""
-        del self._sources[zygote]
-        source.is_leaving = True
-        self._leaving.append(source)
-        for shelf in self._shelves.values():
-            for made in [made for made in shelf.idle if made.source is source]:
-                shelf.idle.remove(made)
-                self._drop(made)
 
 
 def _key(wanted: Wanted) -> _Key:
@@ -531,9 +441,3 @@ def _limit(group: int, limits: Limits) -> None:
         cgroup.limit(group, limits)
     except OSError as error:
         raise HostError(f"the limits cannot be set: {error}", remedy="run: jhansi-run doctor") from error
-
-
-def _end_process(source: _Source) -> None:
-    if source.process is not None:
-        source.process.close()
-        source.process.wait()
