@@ -172,6 +172,8 @@ def _arguments(recipe: Recipe) -> list[str]:
         f"--extract-hook={_MOUNT_NODES}",
         f"--customize-hook={_UNMOUNT_NODES}",
         f"--customize-hook={_REMOVE_SETTINGS}",
+        # When all is configured: scripts of packages go through the files that these have brought.
+        *(f'--customize-hook=rm -rf "$1"/{path}' for path in recipe.left_out),
         recipe.suite,
         "-",
         *_sources(recipe.suite),

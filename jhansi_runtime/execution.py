@@ -160,6 +160,7 @@ def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygot
         argv=tuple(PLACEHOLDER if word == "{file}" else word for word in recipe.run),
         environment=tuple(_ENVIRONMENT.items()),
         preload=this.preload,
+        processors=min(math.ceil(this.limits.cpus), len(os.sched_getaffinity(0))) if this.preload else 0,
     )
 
 

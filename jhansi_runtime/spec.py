@@ -309,8 +309,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to make and use the rootfs of a language (rootfs/LANGUAGE.toml).
 
     run is the argv that runs a file, where "{file}" is replaced by its path in the container. extensions name the
-    files that `run` takes; any other file runs only if it is executable. zygote: the interpreter is a CPython that can
-    be started ahead of the execs, and forked for each; preload names modules that it is then to import ahead.
+    files that `run` takes; any other file runs only if it is executable. left_out are paths in the tree, relative and
+    with a shell's wildcards, of what packages bring and programs can do without. zygote: the interpreter is a CPython
+    that can be started ahead of the execs, and forked for each; preload names modules that it is then to import ahead.
     """
 
     language: str
@@ -319,6 +320,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     interpreter: str
     extensions: list[str]
     run: list[str]
+    left_out: list[Annotated[str, Meta(pattern=r"\A(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+*?/-]*\Z")]] = []
     zygote: bool = False
     preload: list[str] = []
 

@@ -74,7 +74,8 @@ class Zygote(NamedTuple):
     """What a zygote is started from: an interpreter of a rootfs that will be launcher of containers of that rootfs.
 
     tree, binds, workspaces and host_id are as in Container. argv starts the interpreter, with PLACEHOLDER for the file
-    that it is to run; environment is that of every job; preload names modules to import ahead.
+    that it is to run; environment is that of every job; preload names modules to import ahead. processors is how many
+    CPUs its jobs see, which some libraries count as they are loaded; 0 where nothing is preloaded.
     """
 
     tree: str
@@ -84,6 +85,7 @@ class Zygote(NamedTuple):
     argv: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     preload: tuple[str, ...]
+    processors: int
 
 
 class Order(NamedTuple):

@@ -20,10 +20,11 @@ from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.spawn import CONNECTION
 from jhansi_runtime.isolation.steps import StepError, step
 
-__all__ = ["BRANCH", "PRELOAD", "main"]
+__all__ = ["BRANCH", "PRELOAD", "PROCESSORS", "main"]
 
 BRANCH = CONNECTION + 1  # the zygote's descriptor of the launcher's branch of the cgroup tree
 PRELOAD = "JHANSI_PRELOAD"  # the variable that tells a zygote what to import
+PROCESSORS = "JHANSI_PROCESSORS"  # likewise, on how many CPUs
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -77,8 +78,8 @@ def _execute(zygote: Zygote, host: int, branch: int | None) -> NoReturn:
     if branch is not None:
         os.dup2(branch, BRANCH)
     path = f"/{mounts.ZYGOTES_PACKAGE}/isolation/interpreter:/{mounts.ZYGOTES_SITE}"
-    environment = {**dict(zygote.environment), "PYTHONPATH": path, PRELOAD: ",".join(zygote.preload)}
-    os.execve(zygote.argv[0], zygote.argv, environment)  # noqa: S606 - no shell: this is execve
+    ours = {"PYTHONPATH": path, PRELOAD: ",".join(zygote.preload), PROCESSORS: str(zygote.processors)}
+    os.execve(zygote.argv[0], zygote.argv, {**dict(zygote.environment), **ours})  # noqa: S606 - no shell: this is execve
 
 
 def _above(descriptor: int) -> int:

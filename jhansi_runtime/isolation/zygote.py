@@ -12,7 +12,7 @@ import errno
 import gc
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
@@ -25,7 +25,7 @@ from jhansi_runtime.isolation.cgroup import Branch
 from jhansi_runtime.isolation.channel import PLACEHOLDER, Channel, Failure
 from jhansi_runtime.isolation.inside import JobLeft, StartJob
 from jhansi_runtime.isolation.launcher import Launcher
-from jhansi_runtime.isolation.outer import BRANCH, PRELOAD
+from jhansi_runtime.isolation.outer import BRANCH, PRELOAD, PROCESSORS
 from jhansi_runtime.isolation.spawn import CONNECTION
 
 __all__ = ["main"]
@@ -83,11 +83,12 @@ def _prepared(
     prctl.set_dumpable(0)  # its own memory, in which that looks, is closed to it from now on
     cpython.show([os.fsencode(word) for word in sys.orig_argv], {})  # whether the kernel lets a job do so
     preload = [name for name in os.environ.pop(PRELOAD, "").split(",") if name]
+    processors = int(os.environ.pop(PROCESSORS))
     del os.environ["PYTHONPATH"]
     _forget_all_but(modules, importers)
     sys.path[:] = [entry for entry in sys.path if entry not in _OURS]
     site = _imported(_SITE)
-    skipped = [name for name in preload if _imported(name) is None]
+    skipped = _preloaded(preload, processors)
     _end_threads()
     gc.collect()
     gc.disable()
@@ -112,6 +113,20 @@ def _renew_main() -> None:
     main = ModuleType("__main__")
     vars(main).update(vars(sys.modules["__main__"]))
     sys.modules["__main__"] = main
+
+
+def _preloaded(names: Sequence[str], processors: int) -> list[str]:
+    """Import these on as many CPUs as jobs will see, and return what could not be imported.
+
+    OpenBLAS and OpenMP count them as they are loaded, and later start a thread for each.
+    """
+    ours = os.sched_getaffinity(0)
+    if names:
+        os.sched_setaffinity(0, sorted(ours)[:processors])
+    try:
+        return [name for name in names if _imported(name) is None]
+    finally:
+        os.sched_setaffinity(0, ours)
 
 
 def _imported(name: str) -> ModuleType | None:
