@@ -14,7 +14,7 @@ from msgspec import UNSET, structs
 from jhansi_runtime import remedies
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.engine import Cold, InProcess, Launcher, LauncherProcess, Slots, Streams
+from jhansi_runtime.engine import Cold, Figures, InProcess, Launcher, LauncherProcess, Slots, Streams
 from jhansi_runtime.errors import (
     BusyError,
     ConflictError,
@@ -411,6 +411,10 @@ class Runtime:
         if result.exit_code != 0:
             raise HostError(f"a program that does nothing {result.message}", remedy="run: jhansi-run doctor")
 
+    def pool_figures(self) -> Figures | None:
+        """What the pool of slots has done, and what waits in it; None without a pool."""
+        return self._slots.figures()
+
     # --- seccomp profiles and rootfs ---
 
     def profile_add(self, path: str) -> str:
@@ -580,7 +584,7 @@ def _pool(settings: PoolSettings) -> Slots:
         return Cold(LauncherProcess())
     from jhansi_runtime.engine.pool import Pool, Sizes  # noqa: PLC0415 - not for a command that runs once
 
-    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum))
+    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum, memory=settings.memory))
 
 
 def _derived_id(actor: str, idempotency_key: str) -> str:

@@ -436,6 +436,27 @@ def test_metrics_count_what_was_done(api, make):
     assert samples(api)[("jhansi_execs_running", ())] == 0
 
 
+def test_metrics_tell_of_a_pool(api, fresh_environment, tmp_path):
+    assert not [name for name, _ in samples(api) if name.startswith("jhansi_pool")]  # where there is none
+    settings = "[pool]\nmaximum = 2\n"
+    with serving(fresh_environment(), tmp_path / "server", settings=settings) as server, server.client() as pooled:
+        path = pooled.post("/v1/sandboxes", json={"rootfs": "host"}).headers["location"]
+        pooled.put(f"{path}/files/main.py", content="")
+
+        def exec_once():
+            assert pooled.post(f"{path}/exec", json={"filename": "main.py"}).json()["exit_code"] == 0
+            return samples(pooled)
+
+        first = exec_once()
+        until(lambda: exec_once()["jhansi_pool_interpreters_total", ()] > 0)
+        until(lambda: samples(pooled)["jhansi_pool_idle", ()] > 0)
+        last = samples(pooled)
+    assert first["jhansi_pool_slots_total", (("from", "demand"),)] == 1
+    assert (first["jhansi_pool_slots_total", (("from", "pool"),)], first["jhansi_pool_bytes", ()]) == (0, 0)
+    assert last["jhansi_pool_slots_total", (("from", "pool"),)] > 0
+    assert (last["jhansi_pool_zygotes", ()], last["jhansi_pool_skipped", ()]) == (1, 0)
+
+
 def samples(api):
     answer = api.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

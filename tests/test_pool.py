@@ -11,9 +11,11 @@ import pytest
 from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
-from jhansi_runtime.engine import LauncherProcess
+from jhansi_runtime.engine import LauncherProcess, sources
 from jhansi_runtime.engine import pool as pools
 from jhansi_runtime.engine.pool import Pool, Sizes
+from jhansi_runtime.engine.weighing import own_bytes, resident_bytes
+from jhansi_runtime.engine.zygote import ZygoteProcess
 from jhansi_runtime.errors import HostError
 
 WITHIN_SECONDS = 60
@@ -83,7 +85,7 @@ def test_a_first_exec_has_nothing_built_ahead(pooled, box):
     runtime = pooled()
     runtime.exec(program(box))
 
-    assert runtime.pool.figures() == (0, 1, 0, 0, 0)
+    assert runtime.pool.figures() == (0, 1, 0, 0, 0, 0, ())
     assert "jhansi-pool" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -136,7 +138,7 @@ def test_a_kind_that_nobody_wants_any_more_is_let_go(pooled, box, monkeypatch):
     runtime = pooled(minimum=1, rest=0.5)
     warmed(runtime, box)
 
-    eventually(lambda: runtime.pool.figures()[-2:] == (0, 0))
+    eventually(lambda: runtime.pool.figures()[3:5] == (0, 0))
     assert runtime.exec(program(box)).stdout == "2 []\n"
 
 
@@ -175,6 +177,86 @@ def test_only_a_rootfs_of_signed_packages_has_a_zygote(home, tmp_path, source, h
         runtime.write(box, "main.py", b"print(1)")
         assert runtime.exec(program(box)).stdout == "1\n"
         assert [key.zygote is not None for key in pool._shelves] == [has_zygote]
+
+
+@pytest.fixture
+def heeding(pooled, monkeypatch):
+    """As `pooled`, with a keeper that weighs all the time."""
+    monkeypatch.setattr(pools, "_TURN_SECONDS", 0.05)
+    monkeypatch.setattr(pools, "_WEIGH_SECONDS", 0.05)
+    return pooled
+
+
+def test_a_slot_weighs_what_is_its_own_and_a_zygote_all_that_it_has(pooled, box):
+    runtime = pooled()
+    made = warmed(runtime, box)
+    zygote, slot = resident_bytes(made.source.process.pid), own_bytes(made.slot.proc)
+
+    assert 8 << 20 < zygote < 100 << 20
+    assert 100_000 < slot < zygote // 2
+
+
+def test_what_waits_is_weighed(heeding, box):
+    runtime = heeding(minimum=2)
+    made = warmed(runtime, box)
+    eventually(lambda: runtime.pool.figures().idle == 2)
+    light = resident_bytes(made.source.process.pid)
+
+    assert eventually(lambda: light < runtime.pool.figures().memory < 2 * light)
+
+
+def test_what_is_too_heavy_is_let_go_and_not_built_again(heeding, box):
+    runtime = heeding(minimum=2, memory=1 << 20)
+    for _ in range(2):
+        runtime.exec(program(box))
+    eventually(lambda: runtime.pool.figures().memory > 1 << 20)
+    eventually(lambda: runtime.pool.figures()[3:6] == (0, 0, 0))
+    before = runtime.pool.figures()
+    told = {runtime.exec(program(box)).stdout for _ in range(5)}
+    time.sleep(0.3)  # for the keeper to build what it is not to
+
+    assert told == {"2 []\n"}
+    assert runtime.pool.figures() == before._replace(misses=before.misses + 5)
+
+
+def test_what_was_wanted_longest_ago_becomes_fewer_first(heeding, box):
+    runtime = heeding(minimum=2)
+    for tmp in (1 << 20, 2 << 20):
+        for _ in range(2):
+            runtime.exec(program(box, tmp=tmp))
+    shelves = runtime.pool._shelves
+
+    def all_are_a_zygotes():
+        return [[made.source is not None for made in shelf.idle] for shelf in shelves.values()] == [[True, True]] * 2
+
+    eventually(all_are_a_zygotes)
+    made = waiting(runtime)[0]
+    room = resident_bytes(made.source.process.pid) + 7 * own_bytes(made.slot.proc) // 2  # for three and a half of four
+    runtime.pool._sizes = runtime.pool._sizes._replace(memory=room)
+
+    assert eventually(lambda: [len(shelf.idle) for shelf in shelves.values()] == [1, 2])
+    assert runtime.pool.figures().zygotes == 1
+
+
+def test_a_zygote_that_does_not_get_ready_is_ended_and_left_alone(pooled, box, monkeypatch):
+    stopped = []
+
+    class Stopped(ZygoteProcess):
+        def __init__(self, zygote, launcher):
+            super().__init__(zygote, launcher)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
+            stopped.append(self)
+
+    monkeypatch.setattr(pools, "_TURN_SECONDS", 0.05)
+    monkeypatch.setattr(sources, "ZygoteProcess", Stopped)
+    monkeypatch.setattr(sources, "_READY_WITHIN_SECONDS", 0.2)
+    runtime = pooled(minimum=1)
+    for _ in range(3):
+        runtime.exec(program(box))
+
+    assert eventually(lambda: [process for process in stopped if process.has_ended()])
+    assert runtime.exec(program(box)).stdout == "2 []\n"
+    assert runtime.pool.figures().zygotes == 0
 
 
 @pytest.mark.parametrize("whom", ["zygote", "launcher"])

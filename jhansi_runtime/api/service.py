@@ -88,6 +88,7 @@ class Service:
             ("jhansi_terminals", "Terminals open.", lambda: float(self.terminals)),
         ):
             self.telemetry.watch(name, documentation, value)
+        self.telemetry.watch_pool(runtime.pool_figures)
 
     def needs_key(self) -> bool:
         """Whether a caller over TCP needs a key: once there has been one, from then on."""

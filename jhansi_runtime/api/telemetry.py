@@ -4,10 +4,13 @@ Nothing that a caller sends is in either but ids: no path, no argument, no value
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from jhansi_runtime.engine import Figures
 from jhansi_runtime.errors import JhansiError
 from jhansi_runtime.logs import log
 from jhansi_runtime.spec import ExecResult
@@ -36,6 +39,10 @@ class Telemetry:
     def watch(self, name: str, documentation: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read when somebody asks."""
         Gauge(name, documentation, registry=self._registry).set_function(value)
+
+    def watch_pool(self, figures: Callable[[], Figures | None]) -> None:
+        """Add what a pool has done and what waits in it, read when somebody asks; nothing, where there is none."""
+        self._registry.register(_Pool(figures))
 
     def note_exec(self, result: ExecResult, *, queued: float, seconds: float) -> None:
         """Count an exec: seconds in the queue, and from the request to the result."""
@@ -68,3 +75,23 @@ class Telemetry:
     def clock() -> float:
         """Seconds that only ever go forward."""
         return time.monotonic()
+
+
+class _Pool(Collector):
+    def __init__(self, figures: Callable[[], Figures | None]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector: all of one moment."""
+        now = self._figures()
+        if now is None:
+            return
+        taken = CounterMetricFamily("jhansi_pool_slots", "Slots taken: waiting, or made on demand.", labels=["from"])
+        taken.add_metric(["pool"], now.hits)
+        taken.add_metric(["demand"], now.misses)
+        yield taken
+        yield CounterMetricFamily("jhansi_pool_interpreters", "Slots taken with an interpreter.", now.interpreters)
+        yield GaugeMetricFamily("jhansi_pool_idle", "Slots that wait.", now.idle)
+        yield GaugeMetricFamily("jhansi_pool_zygotes", "Zygotes that are ready.", now.zygotes)
+        yield GaugeMetricFamily("jhansi_pool_bytes", "Memory of what waits, as last weighed.", now.memory)
+        yield GaugeMetricFamily("jhansi_pool_skipped", "Modules that zygotes could not import.", len(now.skipped))

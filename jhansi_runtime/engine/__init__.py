@@ -4,7 +4,7 @@ from jhansi_runtime.engine.delegation import Delegation
 from jhansi_runtime.engine.exec import Ended, execute
 from jhansi_runtime.engine.launcher import InProcess, Launcher, LauncherProcess
 from jhansi_runtime.engine.slot import Slot
-from jhansi_runtime.engine.slots import Cold, Slots, Wanted
+from jhansi_runtime.engine.slots import Cold, Figures, Slots, Wanted
 from jhansi_runtime.engine.watches import Bounds, Reason, Watch
 from jhansi_runtime.engine.wiring import Streams
 
@@ -13,6 +13,7 @@ __all__ = [
     "Cold",
     "Delegation",
     "Ended",
+    "Figures",
     "InProcess",
     "Launcher",
     "LauncherProcess",

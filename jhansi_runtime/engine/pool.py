@@ -4,7 +4,8 @@ A *shelf* holds the slots that are alike: those of one rootfs, workspaces folder
 takes one off its shelf, once; a thread of the pool's, the *keeper*, puts another there. Which slots there are to be is
 learned from what is wanted: the second exec of a kind makes a shelf that is filled, each that finds its shelf empty
 makes it one longer, and what is not taken for a while is not built again. Where the rootfs can have a zygote, its shelf
-is filled by one as soon as that is ready; until then, and where none can be, by slots without an interpreter.
+is filled by one as soon as that is ready; until then, and where none can be, by slots without an interpreter. What
+waits is weighed now and then, and where it is too heavy, the kinds that were wanted longest ago become fewer first.
 
 Nothing here is a security step: a slot of the pool and one that was made this moment have gone through the same code,
 and which workspace it is for, no slot knows before it is taken.
@@ -23,17 +24,20 @@ from jhansi_runtime.engine.delegation import Delegation
 from jhansi_runtime.engine.launcher import Launcher, LauncherProcess
 from jhansi_runtime.engine.processors import Processors
 from jhansi_runtime.engine.slot import Progress, Slot
-from jhansi_runtime.engine.slots import Wanted
+from jhansi_runtime.engine.slots import Figures, Wanted
 from jhansi_runtime.engine.sources import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Source, Sources
+from jhansi_runtime.engine.weighing import own_bytes
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import cgroup
 from jhansi_runtime.isolation.cgroup import Limits
 from jhansi_runtime.isolation.channel import Zygote
 
-__all__ = ["Figures", "Pool", "Sizes"]
+__all__ = ["Pool", "Sizes"]
 
 _TURN_SECONDS = 5.0  # how often the keeper looks at shelves that nobody has taken from
 _READY_WITHIN_SECONDS = 30.0
+_WEIGH_SECONDS = 30.0
+_CAPPED_SECONDS = 300.0  # how long a kind that was too heavy is kept from growing
 _MOST_SHELVES = 1000
 # Of the cgroup of a slot that waits: an exec brings its own.
 _IDLE_LIMITS = Limits(memory=512 << 20, processes=128, cpus=1.0)
@@ -42,8 +46,9 @@ _IDLE_LIMITS = Limits(memory=512 << 20, processes=128, cpus=1.0)
 class Sizes(NamedTuple):
     """How many slots wait at most, of all kinds together, and at least, of each kind that was wanted twice.
 
-    A slot that has waited for age seconds is replaced, as is a zygote of zygote_age; a kind that nobody has wanted for
-    rest seconds has its slots and its zygote ended.
+    memory is what they and the zygotes may take, in bytes, and zygotes how many of those there may be. A slot that has
+    waited for age seconds is replaced, as is a zygote of zygote_age; a kind that nobody has wanted for rest seconds has
+    its slots and its zygote ended.
     """
 
     minimum: int = 0
@@ -51,19 +56,8 @@ class Sizes(NamedTuple):
     age: float = 300.0
     rest: float = 600.0
     zygote_age: float = 3600.0
-
-
-class Figures(NamedTuple):
-    """What the pool has done: slots taken that had waited, slots made on demand, how many of both had an interpreter.
-
-    And what there is now: slots that wait, zygotes that are ready.
-    """
-
-    hits: int
-    misses: int
-    interpreters: int
-    idle: int
-    zygotes: int
+    memory: int = 1 << 30
+    zygotes: int = 16
 
 
 class _Key(NamedTuple):
@@ -102,6 +96,17 @@ class _Shelf:
         self.takes = 0
         self.retry_at = 0.0
         self.failures = 0
+        self._cap = (0, 0.0)  # of the target, and until when
+
+    def aim(self, target: int) -> None:
+        """Have so many slots of it, but no more than it is capped at."""
+        most, until = self._cap
+        self.target = min(target, most) if time.monotonic() < until else target
+
+    def cap(self, most: int) -> None:
+        """Have no more than so many slots of it for a while."""
+        self._cap = most, time.monotonic() + _CAPPED_SECONDS
+        self.aim(self.target)
 
     def failed(self) -> None:
         """Leave it alone for a while: the caller of an exec is told why it cannot be, and not the keeper."""
@@ -121,9 +126,10 @@ class Pool:
         self._processors = Processors()
         self._lock = threading.Lock()
         self._shelves: dict[_Key, _Shelf] = {}
-        self._sources = Sources(launcher)
+        self._sources = Sources(launcher, sizes.zygotes)
         self._dropped: list[_Made] = []
-        self._hits = self._misses = self._interpreters = 0
+        self._hits = self._misses = self._interpreters = self._memory = 0
+        self._weigh_at = 0.0
         self._keeper: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self._is_closed = False
@@ -133,10 +139,11 @@ class Pool:
         return self._launcher.delegation()
 
     def figures(self) -> Figures:
-        """Return what there is and what it was good for."""
+        """See Slots."""
+        zygotes, skipped = self._sources.ready(), tuple(sorted(self._sources.skipped()))
         with self._lock:
             idle = sum(len(shelf.idle) for shelf in self._shelves.values())
-            return Figures(self._hits, self._misses, self._interpreters, idle, self._sources.ready())
+            return Figures(self._hits, self._misses, self._interpreters, idle, zygotes, self._memory, skipped)
 
     @contextmanager
     def taken(self, wanted: Wanted) -> Iterator[Slot]:
@@ -183,7 +190,7 @@ class Pool:
             if made is None:
                 self._misses += 1
                 if shelf.takes > 1:
-                    shelf.target = min(self._sizes.maximum, max(shelf.target + 1, self._sizes.minimum))
+                    shelf.aim(min(self._sizes.maximum, max(shelf.target + 1, self._sizes.minimum)))
             else:
                 self._hits += 1
             shelf.lowest = min(shelf.lowest, len(shelf.idle))
@@ -381,13 +388,16 @@ class Pool:
     def _review(self) -> None:
         """Let go of what is old, and of what nobody wants any more."""
         now = time.monotonic()
+        if now >= self._weigh_at:
+            self._weigh_at = now + _WEIGH_SECONDS
+            self._weigh()
         with self._lock:
             for key, shelf in list(self._shelves.items()):
                 is_resting = now - shelf.last_taken > self._sizes.rest
                 if is_resting:
                     shelf.target = 0
                 elif shelf.target:
-                    shelf.target = max(self._sizes.minimum, 1, shelf.target - shelf.lowest)
+                    shelf.aim(max(self._sizes.minimum, 1, shelf.target - shelf.lowest))
                 shelf.lowest = len(shelf.idle)
                 while len(shelf.idle) > shelf.target or (shelf.idle and now - shelf.idle[0].since > self._sizes.age):
                     self._drop(shelf.idle.pop(0))
@@ -404,6 +414,50 @@ class Pool:
                 for made in [made for made in shelf.idle if is_meant(shelf, made)]:
                     shelf.idle.remove(made)
                     self._drop(made)
+
+    def _weigh(self) -> None:
+        """See what memory takes all that waits, and have less of it where that is too much."""
+        zygotes = self._sources.weigh()
+        with self._lock:
+            shelves = list(self._shelves.values())
+        slots = {shelf: self._weigh_one(shelf) for shelf in shelves}
+        with self._lock:
+            self._memory = sum(zygotes.values()) + sum(len(shelf.idle) * size for shelf, size in slots.items())
+            excess = self._memory - self._sizes.memory
+            for shelf in sorted(self._shelves.values(), key=lambda shelf: shelf.last_taken):
+                if excess > 0 and shelf.target:
+                    excess -= self._lighten(shelf, excess, slots.get(shelf, 0), zygotes)
+
+    def _weigh_one(self, shelf: _Shelf) -> int:
+        """Return what a slot of the shelf takes, in bytes; 0 where none waits."""
+        try:
+            with self._lock:
+                proc = os.dup(shelf.idle[-1].slot.proc) if shelf.idle else None  # for it may be taken, and closed
+        except OSError:  # there are no descriptors left to look with
+            return 0
+        if proc is None:
+            return 0
+        try:
+            return own_bytes(proc)
+        finally:
+            os.close(proc)
+
+    def _lighten(self, shelf: _Shelf, excess: int, size: int, zygotes: dict[Zygote, int]) -> int:
+        """Let go of slots of that size; of all, if they are not enough, and then of the zygote, if it is no other's.
+
+        Return the bytes that frees. Whoever calls holds the lock.
+        """
+        count = min(len(shelf.idle), math.ceil(excess / size)) if size else 0
+        freed = count * size
+        for _ in range(count):
+            self._drop(shelf.idle.pop(0))
+        if freed >= excess:
+            shelf.cap(len(shelf.idle))
+            return freed
+        shelf.cap(0)
+        zygote = shelf.key.zygote
+        wanted = {other.key.zygote for other in self._shelves.values() if other.target}
+        return freed + (zygotes.get(zygote, 0) if zygote is not None and zygote not in wanted else 0)
 
     def _drop(self, made: _Made) -> None:
         """Let go of a slot that nobody has; the keeper ends it. Whoever calls holds the lock, which that would not."""

@@ -11,7 +11,23 @@ from jhansi_runtime.engine.slot import Slot
 from jhansi_runtime.isolation.cgroup import Limits
 from jhansi_runtime.isolation.channel import Container, Zygote
 
-__all__ = ["Cold", "Slots", "Wanted"]
+__all__ = ["Cold", "Figures", "Slots", "Wanted"]
+
+
+class Figures(NamedTuple):
+    """What a pool has done: slots taken that had waited, slots made on demand, how many of both had an interpreter.
+
+    And what there is now: slots that wait; zygotes that are ready; the bytes of memory that both took when they were
+    last weighed; the modules that a zygote was to import ahead and could not.
+    """
+
+    hits: int
+    misses: int
+    interpreters: int
+    idle: int
+    zygotes: int
+    memory: int
+    skipped: tuple[str, ...]
 
 
 class Wanted(NamedTuple):
@@ -56,6 +72,9 @@ class Slots(Protocol):
     def taken(self, wanted: Wanted) -> AbstractContextManager[Slot]:
         """Within: a slot of the caller's own, which is closed at the end. HostError: there is none to be had."""
 
+    def figures(self) -> Figures | None:
+        """Return what a pool has done, and what waits in it; None where slots are made when they are wanted."""
+
     def close(self) -> None:
         """End every container that waits, and whoever makes them; wait() returns when all have ended."""
 
@@ -84,6 +103,9 @@ class Cold:
                 yield slot
         finally:
             self._processors.give_back(processors)
+
+    def figures(self) -> None:
+        """See Slots."""
 
     def close(self) -> None:
         """See Slots."""

@@ -1,7 +1,7 @@
 """The zygotes of a pool, each a source of slots: started, heard, retired; ended when nobody uses a slot of it any more.
 
 One that has failed is left alone for a while, twice as long after each further failure. Meanwhile, and until one is
-ready, whoever wants a slot of it does without.
+ready, whoever wants a slot of it does without; so does who wants one more than there may be.
 """
 
 import threading
@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from jhansi_runtime.engine.launcher import LauncherProcess
+from jhansi_runtime.engine.weighing import resident_bytes
 from jhansi_runtime.engine.zygote import ZygoteProcess
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation.channel import Zygote
@@ -18,6 +19,7 @@ __all__ = ["LONGEST_RETRY_SECONDS", "RETRY_SECONDS", "Heard", "Source", "Sources
 
 RETRY_SECONDS = 1.0  # after a failure; twice as long after each further one, up to
 LONGEST_RETRY_SECONDS = 300.0
+_READY_WITHIN_SECONDS = 120.0
 
 
 class Source:
@@ -27,6 +29,7 @@ class Source:
         self.process: ZygoteProcess | None = None
         self.generation = 0  # of its launcher
         self.is_ready = False
+        self.skipped: tuple[str, ...] = ()  # what it was to import ahead, and could not
         self.began = time.monotonic()
         self.slots = 0
         self.is_leaving = False
@@ -44,13 +47,14 @@ class Heard(NamedTuple):
 
 
 class Sources:
-    """The zygotes of the containers that launcher makes. Taking and leaving may be done by several threads.
+    """The zygotes of the containers that launcher makes, `most` at once. Several threads may ask, take and leave.
 
     All else is for one alone: the keeper of the pool.
     """
 
-    def __init__(self, launcher: LauncherProcess) -> None:
+    def __init__(self, launcher: LauncherProcess, most: int) -> None:
         self._launcher = launcher
+        self._most = most
         self._lock = threading.Lock()
         self._sources: dict[Zygote, Source] = {}
         self._leaving: list[Source] = []
@@ -60,6 +64,11 @@ class Sources:
         """Return how many can have slots taken of them."""
         with self._lock:
             return sum(source.is_ready for source in self._sources.values())
+
+    def skipped(self) -> set[str]:
+        """Return the modules that those could not import."""
+        with self._lock:
+            return {name for source in self._sources.values() for name in source.skipped}
 
     def take(self, zygote: Zygote | None) -> Source | None:
         """Return the zygote's source if it is ready, counted as having one slot more, which `leave` counts off."""
@@ -93,6 +102,8 @@ class Sources:
             retry_at, _ = self._retries.get(zygote, (0.0, 0.0))
             if zygote in self._sources or time.monotonic() < retry_at:
                 return
+            if len(self._sources) + len(self._leaving) >= self._most:
+                return
             source = self._sources[zygote] = Source()
         try:
             source.process = ZygoteProcess(zygote, self._launcher)
@@ -115,16 +126,25 @@ class Sources:
                     heard.retired.append(source)
             elif process.channel in descriptors:
                 try:
-                    process.await_ready()
+                    skipped = process.await_ready()
                 except HostError:
                     self._failed(zygote, source)
                     heard.retired.append(source)
                 else:
                     with self._lock:
-                        source.is_ready = True
+                        source.is_ready, source.skipped = True, skipped
                         self._retries.pop(zygote, None)
                     heard.ready.append(zygote)
+            elif time.monotonic() - source.began > _READY_WITHIN_SECONDS:
+                self._failed(zygote, source)
+                heard.retired.append(source)
         return heard
+
+    def weigh(self) -> dict[Zygote, int]:
+        """Return what each has in memory, in bytes."""
+        with self._lock:
+            processes = [(zygote, source.process) for zygote, source in self._sources.items()]
+        return {zygote: resident_bytes(process.pid) for zygote, process in processes if process}
 
     def review(self, wanted: Collection[Zygote | None], age: float) -> list[Source]:
         """Retire those that are not wanted, and those that are older than age in seconds; return them."""

@@ -46,6 +46,11 @@ class ZygoteProcess:
         self._skipped: tuple[str, ...] | None = None
 
     @property
+    def pid(self) -> int:
+        """Its number among the processes of the host, and nobody else's before wait() has returned."""
+        return self._pid
+
+    @property
     def pidfd(self) -> int:
         """A descriptor that is readable once it has died."""
         return self._pidfd
