@@ -37,6 +37,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT = {"PATH": _PATH, "HOME": "/home/sandbox", "LANG": "C.UTF-8"}
 # What an interpreter goes by as it starts, and a zygote's has started already.
 _OF_THE_START = ("PYTHON", "LANGUAGE", "LC_", "TZ", "LD_", "MALLOC_", "GLIBC_", "OPENBLAS_", "OMP_", "MKL_")
+_SOURCES = (".py", ".pyc", ".pyw")  # what is one module, and not an archive of some
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
@@ -152,6 +153,8 @@ def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygot
         return None
     if any(name.startswith(_OF_THE_START) for name in environment) or not _ENVIRONMENT.items() <= environment.items():
         return None
+    # An archive may hold modules of any name, and of those a program finds its own first.
+    preload = this.preload if program.file is not None and program.file.endswith(_SOURCES) else ()
     return Zygote(
         tree=this.rootfs.tree,
         binds=this.rootfs.binds,
@@ -159,8 +162,8 @@ def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygot
         host_id=this.place.host_id,
         argv=tuple(PLACEHOLDER if word == "{file}" else word for word in recipe.run),
         environment=tuple(_ENVIRONMENT.items()),
-        preload=this.preload,
-        processors=min(math.ceil(this.limits.cpus), len(os.sched_getaffinity(0))) if this.preload else 0,
+        preload=preload,
+        processors=min(math.ceil(this.limits.cpus), len(os.sched_getaffinity(0))) if preload else 0,
     )
 
 

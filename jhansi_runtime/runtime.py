@@ -4,7 +4,7 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -130,12 +130,16 @@ class Runtime:
         limits: Mapping[str, float | bool] | None = None,
         rootfs: RootfsChoice = "recipe",
         seccomp: str = DEFAULT,
+        zygote: bool = True,
+        preload: Sequence[str] | None = None,
         idempotency_key: str | None = None,
         at_most: int | None = None,
     ) -> Sandbox:
         """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
 
-        seccomp is the name of the profile that its execs run under.
+        seccomp is the name of the profile that its execs run under. zygote: its Python may be a fork of an interpreter
+        that was started ahead, where there is a pool; preload names modules that this has imported, None for those of
+        the language. What the rootfs has not got of them is passed over, and pool_figures() tells.
 
         What was created with the same idempotency_key before, and is still there, is returned instead. BusyError when
         there are at_most already.
@@ -152,6 +156,8 @@ class Runtime:
             "limits": Limits().changed(limits or {}),
             "rootfs": rootfs,
             "seccomp": self._profiles.open(seccomp).name,
+            "zygote": zygote,
+            "preload": None if preload is None else [*preload],
         }
         # The id follows from the key: who comes second, be it in another process, finds what the first has made.
         derived = None if idempotency_key is None else _derived_id(self._actor, idempotency_key)
@@ -353,7 +359,7 @@ class Runtime:
                 request = structs.replace(
                     request, rootfs=request.rootfs or sandbox.rootfs, seccomp=request.seccomp or sandbox.seccomp
                 )
-                return self._perform(run, run_id, place, sandbox.language, limits, request, streams)
+                return self._perform(run, run_id, place, sandbox.language, limits, request, streams, sandbox)
 
     def run(
         self,
@@ -478,6 +484,7 @@ class Runtime:
         limits: Limits,
         request: ExecRequest,
         streams: Streams | None,
+        sandbox: Sandbox | None = None,
     ) -> ExecResult:
         # Before the rootfs, which may take a minute to build.
         found, profile = find_program(request, place.files), self._profile(request.seccomp or DEFAULT)
@@ -495,15 +502,19 @@ class Runtime:
             limits=limits,
             request=request,
             found=found,
-            preload=self._preload(language, rootfs),
+            preload=self._preload(language, rootfs, sandbox),
         )
         return perform(this, self._slots, self.audit, streams or Streams())
 
-    def _preload(self, language: str, rootfs: Rootfs) -> tuple[str, ...] | None:
+    def _preload(self, language: str, rootfs: Rootfs, sandbox: Sandbox | None) -> tuple[str, ...] | None:
         """Return what a zygote is to import ahead, None where there is to be none."""
-        if not self._pool_settings.zygotes:
+        zygotes, preload = self._pool_settings.zygotes, self._pool_settings.preload
+        is_wanted = zygotes if isinstance(zygotes, bool) else zygotes.get(language, True)
+        if not is_wanted or (sandbox is not None and not sandbox.zygote):
             return None
-        return tuple(self._pool_settings.preload.get(language, rootfs.recipe.preload))
+        if sandbox is not None and sandbox.preload is not None:
+            return tuple(sandbox.preload)
+        return tuple(preload.get(language, rootfs.recipe.preload))
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 
 from msgspec import UNSET, UnsetType
@@ -29,7 +29,7 @@ from jhansi_runtime.disk import allowed
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.explanations import explained
 from jhansi_runtime.room import Room, changing
-from jhansi_runtime.spec import Limits, RootfsChoice, Sandbox, from_json, instant, to_json
+from jhansi_runtime.spec import Limits, Modules, RootfsChoice, Sandbox, from_builtins, from_json, instant, to_json
 from jhansi_runtime.workspace import Workspace, open_workspace
 
 __all__ = ["Sandboxes"]
@@ -79,6 +79,8 @@ class Sandboxes:
         limits: Limits,
         rootfs: RootfsChoice = "recipe",
         seccomp: str = "default",
+        zygote: bool = True,
+        preload: Sequence[str] | None = None,
         owner: str | None = None,
         sandbox_id: str | None = None,
         ephemeral: str | None = None,
@@ -101,6 +103,8 @@ class Sandboxes:
             seccomp=seccomp,
             expires_at=_expiry(ttl, now),
             owner=owner,
+            zygote=zygote,
+            preload=_checked_preload(preload),
         )
         with explained(self.root):
             os.makedirs(self.root, mode=0o700, exist_ok=True)
@@ -203,8 +207,10 @@ class Sandboxes:
         ttl: float | UnsetType | None = UNSET,
         limits: Limits | UnsetType = UNSET,
         seccomp: str | UnsetType = UNSET,
+        zygote: bool | UnsetType = UNSET,
+        preload: Sequence[str] | UnsetType | None = UNSET,
     ) -> Sandbox:
-        """Change what is given and return the result. None takes a name or an end away; labels replace all labels.
+        """Change what is given, return the result. None takes a name, end or preload away; labels replace all labels.
 
         ttl is in seconds from now. ConflictError when the name is taken.
         """
@@ -219,6 +225,10 @@ class Sandboxes:
             changes["limits"] = limits
         if seccomp is not UNSET:
             changes["seccomp"] = seccomp
+        if zygote is not UNSET:
+            changes["zygote"] = zygote
+        if preload is not UNSET:
+            changes["preload"] = _checked_preload(preload)
         sandbox_id = self.find(reference).id
         with explained(self.root), self._opened_root() as root, _locked(root):
             before = self._read(sandbox_id)
@@ -424,6 +434,10 @@ def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
                 field="labels",
             )
     return dict(labels)
+
+
+def _checked_preload(preload: Sequence[str] | None) -> list[str] | None:
+    return None if preload is None else from_builtins([*preload], Modules, where="preload")
 
 
 def _expiry(ttl: float | None, now: float) -> str | None:

@@ -27,6 +27,7 @@ __all__ = [
     "FileInfo",
     "Key",
     "Limits",
+    "Modules",
     "Problem",
     "Recipe",
     "RootfsInfo",
@@ -99,6 +100,14 @@ Path = Annotated[str, Meta(extra_json_schema={"pattern": PATH_PATTERN})]
 ProfileName = Annotated[
     str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,99}\Z", description="the name of a seccomp profile")
 ]
+# Modules to be imported ahead: of the rootfs, by names that could be in a program; none that is a program, a test, or
+# a joke that starts a browser.
+_COMPONENT = "[A-Za-z_][A-Za-z0-9_]*"
+_MODULE = rf"\A(?!(?:.*[.])?(?:__|tests?(?:[.]|\Z)|antigravity\Z)){_COMPONENT}(?:[.]{_COMPONENT})*\Z"
+Modules = Annotated[
+    list[Annotated[str, Meta(max_length=100, pattern=_MODULE)]],
+    Meta(max_length=32, description="names of modules that its execs find imported"),
+]
 Word = Annotated[int, Meta(ge=0)]  # of 64 bits, which is more than msgspec has bounds for
 Errno = Annotated[int, Meta(ge=1, le=4094)]  # libseccomp takes one less than the kernel has
 SystemCall = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,64}\Z")]
@@ -130,7 +139,11 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Sandbox(Struct, frozen=True, kw_only=True):
-    """A persistent workspace and its settings."""
+    """A persistent workspace and its settings.
+
+    zygote: its execs may be forks of an interpreter that was started ahead, with the modules of preload imported; None:
+    those of its language.
+    """
 
     id: str
     language: str
@@ -142,10 +155,15 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     seccomp: str = "default"
     expires_at: str | None = None
     owner: str | None = None
+    zygote: bool = True
+    preload: list[str] | None = None
 
 
 class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What POST /v1/sandboxes asks for. ttl is in seconds; limits are those that differ from the defaults."""
+    """What POST /v1/sandboxes asks for. ttl is in seconds; limits are those that differ from the defaults.
+
+    zygote false gives each exec an interpreter of its own; preload null is what the language's are to import ahead.
+    """
 
     language: str = "python"
     name: Name | None = None
@@ -154,6 +172,8 @@ class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     limits: dict[str, float | bool] = {}
     rootfs: RootfsChoice = "recipe"
     seccomp: ProfileName = "default"
+    zygote: bool = True
+    preload: Modules | None = None
 
 
 class SandboxPage(Struct, frozen=True, kw_only=True):
@@ -166,8 +186,8 @@ class SandboxPage(Struct, frozen=True, kw_only=True):
 class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What PATCH changes of a sandbox: the fields that are given.
 
-    null takes a name or an end away; labels replace all labels; ttl is in seconds from now; limits are those that are
-    to differ from what they are.
+    null takes a name, an end or a preload away; labels replace all labels; ttl is in seconds from now; limits are those
+    that are to differ from what they are.
     """
 
     name: Name | UnsetType | None = UNSET
@@ -175,6 +195,8 @@ class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ttl: Ttl | UnsetType | None = UNSET
     limits: dict[str, float | bool] | UnsetType = UNSET
     seccomp: ProfileName | UnsetType = UNSET
+    zygote: bool | UnsetType = UNSET
+    preload: Modules | UnsetType | None = UNSET
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -322,7 +344,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     run: list[str]
     left_out: list[Annotated[str, Meta(pattern=r"\A(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+*?/-]*\Z")]] = []
     zygote: bool = False
-    preload: list[str] = []
+    preload: Modules = []
 
 
 class Language(Struct, frozen=True, kw_only=True):
@@ -395,14 +417,15 @@ class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     memory is what they and the zygotes may take together, as far as the pool can tell, which looks twice a minute.
     zygotes: interpreters are started ahead and forked for each exec, which then share what a process draws at its
-    start: the layout of its memory, and the seed of str's hash. preload names, by language, modules to import ahead.
+    start: the layout of its memory, and the seed of str's hash; or that by language, true where one is not named.
+    preload names, by language, modules to import ahead.
     """
 
     minimum: Annotated[int, Meta(ge=0, le=10_000, description="slots of each kind, at least")] = 0
     maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 0
     memory: Annotated[int, Meta(ge=MIB, le=64 * 1024 * GIB, description="bytes that what waits may take")] = GIB
-    zygotes: bool = True
-    preload: dict[str, list[str]] = {}
+    zygotes: bool | dict[str, bool] = True
+    preload: dict[str, Modules] = {}
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -65,6 +65,8 @@ def test_create_answers_with_the_sandbox_and_where_it_is(api):
         "ttl": 3600,
         "limits": {"timeout": 5, "output": 1000},
         "rootfs": "host",
+        "zygote": False,
+        "preload": ["json", "email.message"],
     }
     answer = api.post("/v1/sandboxes", json=body)
     made = answer.json()
@@ -73,6 +75,7 @@ def test_create_answers_with_the_sandbox_and_where_it_is(api):
     assert answer.headers["content-type"] == "application/json"
     assert (made["name"], made["labels"], made["rootfs"], made["owner"]) == ("first", {"team": "blue"}, "host", None)
     assert (made["limits"]["timeout"], made["limits"]["output"], made["limits"]["nofile"]) == (5, 1000, 1024)
+    assert (made["zygote"], made["preload"]) == (False, ["json", "email.message"])
     assert made["expires_at"] > made["created_at"]
     assert api.get(answer.headers["location"]).json() == made
     assert api.get("/v1/sandboxes/first").json() == made
@@ -121,6 +124,9 @@ def test_patch_changes_what_is_given_and_nothing_else(api, make):
     changed = api.patch(path, json={"name": None, "ttl": None}).json()
     assert (changed["name"], changed["expires_at"]) == (None, None)
     assert api.patch(path, json={"name": "after", "ttl": 60}).json()["name"] == "after"
+    changed = api.patch(path, json={"zygote": False, "preload": ["json"]}).json()
+    assert (changed["zygote"], changed["preload"], changed["name"]) == (False, ["json"], "after")
+    assert api.patch(path, json={"preload": None}).json() == changed | {"preload": None}
     assert api.get("/v1/sandboxes/after").json()["expires_at"] is not None
     assert api.get("/v1/sandboxes/before").status_code == 404
 
@@ -225,6 +231,9 @@ def test_a_body_that_is_no_record_is_refused(api, body, status):
         ({"limits": {"colour": 1}}, "limits.colour"),
         ({"limits": {"output": 1.5}}, "limits.output"),
         ({"rootfs": "/"}, "rootfs"),
+        ({"zygote": "no"}, "zygote"),
+        ({"preload": "json"}, "preload"),
+        ({"preload": ["json", "os; x"]}, "preload"),
         ({"owner": "key_0123456789abcdef"}, "owner"),
         ({"id": "sb_0123456789abcdef"}, "id"),
     ],

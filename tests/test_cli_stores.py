@@ -47,12 +47,16 @@ def test_create_prints_the_id_alone_and_the_id_a_prefix_and_the_name_all_reach_i
 
 def test_create_keeps_what_it_was_told(jhansi):
     words = ["--label", "team=red=blue", "--label", "empty=", "--ttl", "2h", "--timeout", "1m30s", "--output", "2M"]
+    words += ["--no-zygote", "--preload", "json", "--preload", "email.message"]
     created = document(jhansi("create", "--rootfs", "host", "--json", *words))
     assert created == document(jhansi("show", created["id"], "--json"))
     assert created["labels"] == {"team": "red=blue", "empty": ""}
     assert created["limits"]["timeout"] == 90.0
     assert created["limits"]["output"] == 2 * 1024**2
     assert created["rootfs"] == "host"
+    assert (created["zygote"], created["preload"]) == (False, ["json", "email.message"])
+    shown = dict(line.split(maxsplit=1) for line in jhansi("show", created["id"]).stdout.splitlines())
+    assert (shown["zygote"], shown["preload"]) == ("no", "json email.message")
     assert created["expires_at"] > created["created_at"]
 
 

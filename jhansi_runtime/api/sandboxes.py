@@ -94,7 +94,7 @@ async def show(sandbox_id: str, service: Service, runtime: Runtime) -> Sandbox:
     **described("changeSandbox", 400, 404, 409, 413, 422, 507),
 )
 async def change(sandbox_id: str, data: SandboxChange, service: Service, runtime: Runtime) -> Sandbox:
-    """Change what is given: null takes a name or an end away, labels replace all labels."""
+    """Change what is given: null takes a name, an end or a preload away, labels replace all labels."""
     changes = data if data.limits is UNSET else structs.replace(data, limits=exact(data.limits))
     return await service.in_thread(runtime.change, sandbox_id, changes)
 

@@ -36,6 +36,12 @@ __all__ = ["COMMANDS"]
 @click.option("--ttl", type=duration, help="Let `gc` remove it after this time.")
 @ROOTFS
 @SECCOMP
+@click.option(
+    "--no-zygote", is_flag=True, help="Start an interpreter for each exec, also where a server has some that wait."
+)
+@click.option(
+    "--preload", multiple=True, metavar="MODULE", help="Have this imported in those that wait. May be repeated."
+)
 @limit_options
 @AS_JSON
 def create_command(
@@ -46,6 +52,8 @@ def create_command(
     ttl: float | None,
     rootfs: "RootfsChoice | None",
     seccomp: str | None,
+    no_zygote: bool,
+    preload: tuple[str, ...],
     as_json: bool,
     **limits: float | None,
 ) -> None:
@@ -59,6 +67,8 @@ def create_command(
             limits=given(limits),
             rootfs=rootfs or "recipe",
             seccomp=profile_name(runtime, seccomp) or "default",
+            zygote=not no_zygote,
+            preload=preload or None,
         )
     if as_json:
         print_json(sandbox)
@@ -98,6 +108,8 @@ def show_command(sandbox: str, as_json: bool) -> None:
         "language": record.language,
         "rootfs": record.rootfs,
         "seccomp": record.seccomp,
+        "zygote": "yes" if record.zygote else "no",
+        "preload": "-" if record.preload is None else " ".join(record.preload),
         "created": record.created_at,
         "expires": record.expires_at or "-",
         "labels": _labels(record),

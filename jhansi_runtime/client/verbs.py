@@ -64,6 +64,8 @@ class SandboxOptions(TypedDict, total=False):
     limits: dict[str, float | bool]
     rootfs: RootfsChoice
     seccomp: str
+    zygote: bool
+    preload: list[str] | None
     idempotency_key: str
 
 
@@ -75,6 +77,8 @@ class Changes(TypedDict, total=False):
     ttl: float | None
     limits: dict[str, float | bool]
     seccomp: str
+    zygote: bool
+    preload: list[str] | None
 
 
 class JobOptions(TypedDict, total=False):

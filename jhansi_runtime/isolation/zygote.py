@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from types import ModuleType
 from typing import NoReturn
 
@@ -57,6 +58,7 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
     channel.close()
     job.confined(*waiting, lambda order: cpython.run_next(interpreter, order.argv, order.environment))
     _forget_all_but(*kept)
+    _give_way(kept[0].difference(modules))
     _renew_main()
     gc.enable()
     if site is None:
@@ -124,7 +126,7 @@ def _preloaded(names: Sequence[str], processors: int) -> list[str]:
     if names:
         os.sched_setaffinity(0, sorted(ours)[:processors])
     try:
-        return [name for name in names if _imported(name) is None]
+        return [name for name in names if not (_can_be_imported(name) and _imported(name))]
     finally:
         os.sched_setaffinity(0, ours)
 
@@ -134,6 +136,35 @@ def _imported(name: str) -> ModuleType | None:
         return import_module(name)
     except ImportError:
         return None
+
+
+def _can_be_imported(name: str) -> bool:
+    """Say so of a module after trying it in a fork: what a failed import leaves behind would be in a program's way."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            import_module(name)
+            status = 0
+        finally:  # whatever it raises
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _give_way(preloaded: Collection[str]) -> None:
+    """Forget what was preloaded and the program has its own of, beside its file, where an import looks first."""
+    if not preloaded:
+        return
+    folder = os.path.dirname(os.path.realpath(sys.argv[0]))
+    try:
+        names = {name.partition(".")[0] for name in os.listdir(folder)}
+    except OSError:  # a job may not be let to list what it may run
+        names = {name.partition(".")[0] for name in preloaded}
+    finder = FileFinder(folder, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, [".py", ".pyc"]))
+    own = {name for name in names.intersection(preloaded) if getattr(finder.find_spec(name), "loader", None)}
+    for name in preloaded:
+        if name.partition(".")[0] in own:
+            sys.modules.pop(name, None)
 
 
 def _end_threads() -> None:
