@@ -14,6 +14,7 @@ from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import LauncherProcess, sources
 from jhansi_runtime.engine import pool as pools
 from jhansi_runtime.engine.pool import Pool, Sizes
+from jhansi_runtime.engine.slot import Progress, Slot
 from jhansi_runtime.engine.weighing import own_bytes, resident_bytes
 from jhansi_runtime.engine.zygote import ZygoteProcess
 from jhansi_runtime.errors import HostError
@@ -211,7 +212,7 @@ def test_what_is_too_heavy_is_let_go_and_not_built_again(heeding, box):
         runtime.exec(program(box))
     (shelf,) = runtime.pool._shelves.values()
     eventually(lambda: shelf._cap[1])
-    eventually(lambda: runtime.pool.figures()[3:6] == (0, 0, 0))
+    eventually(lambda: runtime.pool.figures()[3:6] == (0, 0, 0) and not shelf.building)
     before = runtime.pool.figures()
     told = {runtime.exec(program(box)).stdout for _ in range(5)}
     time.sleep(0.3)  # for the keeper to build what it is not to
@@ -259,6 +260,29 @@ def test_a_zygote_that_does_not_get_ready_is_ended_and_left_alone(pooled, box, m
     assert eventually(lambda: [process for process in stopped if process.has_ended()])
     assert runtime.exec(program(box)).stdout == "2 []\n"
     assert runtime.pool.figures().zygotes == 0
+
+
+def test_what_was_built_while_the_zygote_came_makes_room_for_its_slots(pooled, box, monkeypatch):
+    slow = []
+
+    class Slow(Slot):
+        def receive(self):
+            message = super().receive()
+            is_keeper = threading.current_thread().name == "jhansi-pool"
+            if message is Progress.LAUNCHED and is_keeper and not self.has_interpreter:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+                slow.append(self)
+            return message
+
+    monkeypatch.setattr(pools, "Slot", Slow)
+    runtime = pooled(minimum=1)
+    for _ in range(2):
+        runtime.exec(program(box))
+    eventually(lambda: runtime.pool.figures().zygotes and slow)
+    for slot in slow:
+        signal.pidfd_send_signal(slot._pidfd, signal.SIGCONT)
+
+    assert eventually(lambda: [made for made in waiting(runtime) if made.source is not None])
 
 
 @pytest.mark.parametrize("whom", ["zygote", "launcher"])

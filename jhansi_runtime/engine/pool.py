@@ -315,8 +315,7 @@ class Pool:
             elif time.monotonic() - made.since > _READY_WITHIN_SECONDS:
                 self._give_up(shelf, made)
         heard = self._sources.hear(ready)
-        # What stood in for slots of a zygote is not needed any more.
-        self._let_go(lambda shelf, made: made.source is None and shelf.key.zygote in heard.ready)
+        self._let_go(lambda shelf, made: made.source is None and shelf.key.zygote in heard.ready)  # it stood in
         self._let_go(lambda _, made: made.source in heard.retired)
 
     def _progress(self, shelf: _Shelf, made: _Made) -> None:
@@ -333,7 +332,10 @@ class Pool:
             shelf.building.remove(made)
             shelf.failures = 0
             made.since = time.monotonic()
-            shelf.idle.append(made)
+            if made.source is None and self._sources.has_ready(shelf.key.zygote):
+                self._drop(made)  # it was to stand in for the zygote's, which has come meanwhile
+            else:
+                shelf.idle.append(made)
 
     def _give_up(self, shelf: _Shelf, made: _Made) -> None:
         with self._lock:
@@ -432,10 +434,10 @@ class Pool:
         """Return what a slot of the shelf takes, in bytes; 0 where none waits."""
         try:
             with self._lock:
-                proc = os.dup(shelf.idle[-1].slot.proc) if shelf.idle else None  # for it may be taken, and closed
+                if not shelf.idle:
+                    return 0
+                proc = os.dup(shelf.idle[-1].slot.proc)  # for it may be taken, and closed
         except OSError:  # there are no descriptors left to look with
-            return 0
-        if proc is None:
             return 0
         try:
             return own_bytes(proc)

@@ -60,6 +60,11 @@ class Sources:
         self._leaving: list[Source] = []
         self._retries: dict[Zygote, tuple[float, float]] = {}
 
+    def has_ready(self, zygote: Zygote | None) -> bool:
+        """Say whether slots can be taken of that one."""
+        with self._lock:
+            return zygote in self._sources and self._sources[zygote].is_ready
+
     def ready(self) -> int:
         """Return how many can have slots taken of them."""
         with self._lock:
