@@ -1,4 +1,4 @@
-"""The console script: `jhansi-run` and `python -m jhansi_runtime` start here."""
+"""`jhansi-run` (bin/jhansi-run) and `python -m jhansi_runtime`: a server or this process runs the line."""
 
 import gc
 import os
@@ -15,12 +15,21 @@ INTERRUPTED = 130  # 128 + SIGINT
 NEED_A_LAUNCHER = frozenset({"exec", "run", "shell"})
 
 
-def main() -> NoReturn:
-    """Run the command line of this process and end the process with its status."""
+def main(*, is_alone: bool = False) -> NoReturn:
+    """Run the command line of this process and end the process with its status.
+
+    is_alone: it is known already that no server runs it.
+    """
     # A collection during the imports walks thousands of new objects and finds nothing, a dozen times; and a command
     # is too short to make garbage worth finding later.
     gc.disable()
     sys.excepthook = _end_unfinished
+    if not is_alone:
+        from jhansi_runtime.thin import run_by_server  # noqa: PLC0415 - the console script has loaded it elsewhere
+
+        status = run_by_server()
+        if status is not None:
+            os._exit(status)
     _complete_stdio()
     spawned = None
     if sys.argv[1:2] and sys.argv[1] in NEED_A_LAUNCHER:
@@ -44,13 +53,17 @@ def _complete_stdio() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - for the whole run
 
 
-def _end_unfinished(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> NoReturn:
+def unfinished(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> int:
     """Ctrl-C ends us quietly. Anything else is a defect: the traceback, and a status that is no program's own 1."""
     if kind is KeyboardInterrupt:
-        os._exit(INTERRUPTED)
+        return INTERRUPTED
     sys.__excepthook__(kind, error, traceback)
     print(f"jhansi-run: error: a defect of jhansi-runtime ({kind.__name__}), please report it", file=sys.stderr)
-    os._exit(JhansiError.exit_code)
+    return JhansiError.exit_code
+
+
+def _end_unfinished(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> NoReturn:
+    os._exit(unfinished(kind, error, traceback))
 
 
 if __name__ == "__main__":

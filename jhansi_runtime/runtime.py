@@ -48,6 +48,8 @@ from jhansi_runtime.spec import (
 from jhansi_runtime.workspace import Opened, Upload, Written
 
 if TYPE_CHECKING:
+    from _socket import socket
+
     from jhansi_runtime.archive import ByteReader, Unpacked
 
 __all__ = ["Runtime"]
@@ -461,6 +463,12 @@ class Runtime:
         info = self._rootfs.remove(language)
         self._record("rootfs.remove", None, language=language, rootfs=info.digest)
         return info
+
+    def lend(self, door: "socket") -> None:
+        """Let other processes have slots from where this runtime's execs get theirs: engine/lending.py."""
+        from jhansi_runtime.engine.lending import Lender  # noqa: PLC0415 - only for a server
+
+        Lender(self._slots, door)
 
     # --- audit ---
 

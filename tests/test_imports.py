@@ -56,6 +56,7 @@ OURS = {
     "jhansi_runtime.sandboxes",
     "jhansi_runtime.settings",
     "jhansi_runtime.spec",
+    "jhansi_runtime.thin",
     "jhansi_runtime.tree",
     "jhansi_runtime.workspace",
 }

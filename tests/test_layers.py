@@ -80,13 +80,16 @@ TABLE = {
     # It speaks to a server, and knows nothing of what is behind that.
     "client": May("errors spec paths", "anyio httpx msgspec"),
     "__init__": May("errors spec paths runtime"),
-    "__main__": May("errors isolation.spawn cli"),
+    # By itself, and loaded before anything else: the client of a server's workers, and those.
+    "thin": May(),
+    "__main__": May("errors isolation.spawn cli thin"),
+    "attendant": May("__main__ cli engine errors isolation.channel paths thin", "prctl"),
 }
 
 # The last two run in the interpreter of a rootfs: one reaches into it, one stands in for a package that it has not got.
 CTYPES = {"isolation.syscalls", "isolation.cpython", "isolation.interpreter.prctl"}
 # debian hands its proxies to apt; in a zygote the environment is the one that it gives its jobs.
-READS_ENVIRONMENT = {"paths", "cli", "debian", "isolation.cpython", "isolation.zygote"}
+READS_ENVIRONMENT = {"attendant", "paths", "cli", "debian", "isolation.cpython", "isolation.zygote"}
 
 
 def modules():

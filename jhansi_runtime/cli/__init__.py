@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from jhansi_runtime.errors import JhansiError
 
 if TYPE_CHECKING:
-    from jhansi_runtime.isolation.spawn import Spawned
+    from jhansi_runtime.cli.opening import Source
 
 __all__ = ["COMPLETION_VARIABLE", "PROGRAM", "fail", "run"]
 
@@ -26,10 +26,10 @@ COMPLETION_VARIABLE = "_JHANSI_RUN_COMPLETE"
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
-def run(arguments: Sequence[str], spawned: "Spawned | None" = None) -> int:
-    """Run one command line; the exit status. All output is flushed. spawned is a launcher started ahead, if any."""
+def run(arguments: Sequence[str], source: "Source | None" = None) -> int:
+    """Run one command line; the exit status. All output is flushed. source is where an exec gets its container from."""
     try:
-        status = _perform(list(arguments), spawned)
+        status = _perform(list(arguments), source)
         sys.stdout.flush()
     except JhansiError as error:
         status = fail(str(error), status=error.exit_code)
@@ -49,21 +49,21 @@ def fail(message: str, *hints: str, status: int = JhansiError.exit_code) -> int:
     return status
 
 
-def _perform(arguments: list[str], spawned: "Spawned | None") -> int:
+def _perform(arguments: list[str], source: "Source | None") -> int:
     instruction = os.environ.get(COMPLETION_VARIABLE)
     if instruction is None:
         match arguments:
             case ["run", file, *words] if _is_plain(file):
                 from jhansi_runtime.cli.execs import OneShot, exec_and_report  # noqa: PLC0415 - see above
 
-                return exec_and_report({"sandbox": "", "args": words}, OneShot(file), spawned=spawned)
+                return exec_and_report({"sandbox": "", "args": words}, OneShot(file), source=source)
             case ["exec", sandbox, file, *words] if _is_plain(sandbox, file):
                 from jhansi_runtime.cli.execs import exec_and_report  # noqa: PLC0415 - see above
 
-                return exec_and_report({"sandbox": sandbox, "filename": file, "args": words}, spawned=spawned)
+                return exec_and_report({"sandbox": sandbox, "filename": file, "args": words}, source=source)
     from jhansi_runtime.cli.commands import complete, invoke  # noqa: PLC0415 - see above
 
-    return invoke(arguments or ["--help"], spawned) if instruction is None else complete(instruction)
+    return invoke(arguments or ["--help"], source) if instruction is None else complete(instruction)
 
 
 def _is_plain(*words: str) -> bool:

@@ -17,7 +17,7 @@ from jhansi_runtime.cli import COMPLETION_VARIABLE, PROGRAM, fail
 from jhansi_runtime.errors import JhansiError
 
 if TYPE_CHECKING:
-    from jhansi_runtime.isolation.spawn import Spawned
+    from jhansi_runtime.cli.opening import Source
 
 __all__ = ["complete", "invoke", "jhansi_run"]
 
@@ -71,12 +71,12 @@ def jhansi_run() -> None:
     """Run untrusted code in persistent sandboxes on this host."""
 
 
-def invoke(arguments: list[str], spawned: "Spawned | None") -> int:
+def invoke(arguments: list[str], source: "Source | None") -> int:
     """What click's own `main` does, without its exit statuses."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without the character is no reason to fail
     try:
-        with jhansi_run.make_context(PROGRAM, arguments, obj=spawned) as context:
+        with jhansi_run.make_context(PROGRAM, arguments, obj=source) as context:
             status: Any = jhansi_run.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code

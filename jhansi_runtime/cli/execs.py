@@ -17,8 +17,8 @@ from jhansi_runtime.cli.records import discard_record, print_json, write_record
 from jhansi_runtime.rendering import printable
 
 if TYPE_CHECKING:
+    from jhansi_runtime.cli.opening import Source
     from jhansi_runtime.engine import Streams
-    from jhansi_runtime.isolation.spawn import Spawned
     from jhansi_runtime.runtime import Runtime
     from jhansi_runtime.spec import ExecResult
 
@@ -54,19 +54,19 @@ def exec_and_report(
     request: dict[str, Any],
     one_shot: OneShot | None = None,
     *,
-    spawned: "Spawned | None" = None,
+    source: "Source | None" = None,
     stdin_path: str | None = None,
     as_json: bool = False,
     result_path: str | None = None,
 ) -> int:
     """Run the program, report, and return the exit status.
 
-    request holds fields of ExecRequest, which name a sandbox unless one_shot is given; spawned is a launcher started
-    ahead, if any. The result goes to stdout as_json, and to the file result_path, if that is wanted.
+    request holds fields of ExecRequest, which name a sandbox unless one_shot is given; source is where the
+    container comes from. The result goes to stdout as_json, and to the file result_path, if that is wanted.
     """
     if result_path is not None:
         discard_record(result_path)
-    with open_runtime(spawned=spawned) as runtime, _stdin(stdin_path) as stdin:
+    with open_runtime(source=source) as runtime, _stdin(stdin_path) as stdin:
         from jhansi_runtime.spec import ExecRequest  # noqa: PLC0415 - see open_runtime
 
         request = request | {"seccomp": profile_name(runtime, request.get("seccomp"))}

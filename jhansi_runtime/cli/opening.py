@@ -6,31 +6,35 @@ And what of a command line takes a runtime to understand.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from jhansi_runtime.isolation.spawn import Spawned
 from jhansi_runtime.rendering import StatusLine
 
 if TYPE_CHECKING:
-    from jhansi_runtime.isolation.spawn import Spawned
+    from jhansi_runtime.engine import Slots
     from jhansi_runtime.runtime import Runtime
 
-__all__ = ["open_runtime", "profile_name"]
+__all__ = ["Source", "open_runtime", "profile_name"]
+
+# Where the container of an exec comes from: a launcher that was started ahead, or somebody's slots.
+Source: TypeAlias = "Spawned | Slots"
 
 
 @contextmanager
-def open_runtime(status: StatusLine | None = None, *, spawned: "Spawned | None" = None) -> Iterator["Runtime"]:
-    """The runtime of this environment; what it is busy with is shown on the status line.
-
-    spawned is a launcher started ahead, if any.
-    """
+def open_runtime(status: StatusLine | None = None, *, source: "Source | None" = None) -> Iterator["Runtime"]:
+    """The runtime of this environment; what it is busy with is shown on the status line."""
     _load_msgspec()
-    from jhansi_runtime.engine import LauncherProcess  # noqa: PLC0415 - after it
+    from jhansi_runtime.engine import Cold, LauncherProcess  # noqa: PLC0415 - after it
     from jhansi_runtime.runtime import Runtime  # noqa: PLC0415 - likewise
 
     status = status or StatusLine()
-    launcher = LauncherProcess(spawned, ahead=False)
+    if source is None or isinstance(source, Spawned):
+        slots: Slots = Cold(LauncherProcess(source, ahead=False))
+    else:
+        slots = source
     try:
-        with Runtime(progress=status.show, launcher=launcher) as runtime:
+        with Runtime(progress=status.show, slots=slots) as runtime:
             yield runtime
     finally:
         status.clear()

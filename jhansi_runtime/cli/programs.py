@@ -18,7 +18,7 @@ from jhansi_runtime.cli.parameters import (
 )
 
 if TYPE_CHECKING:
-    from jhansi_runtime.isolation.spawn import Spawned
+    from jhansi_runtime.cli.opening import Source
 
 __all__ = ["COMMANDS"]
 
@@ -52,7 +52,7 @@ _ENDS_OPTIONS = {"allow_interspersed_args": False}  # what follows the first wor
 )
 @click.pass_obj
 def exec_command(
-    spawned: "Spawned | None",
+    source: "Source | None",
     /,
     *,
     sandbox: str,
@@ -77,7 +77,7 @@ def exec_command(
         what = {"command": [program, *arguments]}
     request = {"sandbox": sandbox, **what, "env": dict(pairs), "rootfs": rootfs, "seccomp": seccomp}
     request["limits"] = given(limits)
-    return exec_and_report(request, spawned=spawned, stdin_path=stdin_path, as_json=as_json, result_path=result_path)
+    return exec_and_report(request, source=source, stdin_path=stdin_path, as_json=as_json, result_path=result_path)
 
 
 @click.command("run", context_settings=_ENDS_OPTIONS)
@@ -93,7 +93,7 @@ def exec_command(
 @click.argument("words", metavar="FILE [ARGS]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
 def run_command(
-    spawned: "Spawned | None",
+    source: "Source | None",
     /,
     *,
     words: tuple[str, ...],
@@ -116,7 +116,7 @@ def run_command(
     request["limits"] = given(limits)
     one_shot = OneShot(file, language, workspace)
     return exec_and_report(
-        request, one_shot, spawned=spawned, stdin_path=stdin_path, as_json=as_json, result_path=result_path
+        request, one_shot, source=source, stdin_path=stdin_path, as_json=as_json, result_path=result_path
     )
 
 
@@ -128,7 +128,7 @@ def run_command(
 @SANDBOX
 @click.pass_obj
 def shell_command(
-    spawned: "Spawned | None",
+    source: "Source | None",
     /,
     *,
     sandbox: str,
@@ -144,7 +144,7 @@ def shell_command(
     from jhansi_runtime.spec import SESSION, SESSION_LIMITS  # noqa: PLC0415 - see open_runtime
 
     request = {"sandbox": sandbox, "command": SESSION, "env": dict(pairs), "rootfs": rootfs, "seccomp": seccomp}
-    return exec_and_report(request | {"limits": SESSION_LIMITS | given(limits)}, spawned=spawned)
+    return exec_and_report(request | {"limits": SESSION_LIMITS | given(limits)}, source=source)
 
 
 COMMANDS = {"exec": exec_command, "run": run_command, "shell": shell_command}

@@ -13,14 +13,14 @@ import signal
 from contextlib import suppress
 from enum import Enum
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from jhansi_runtime.engine.launcher import Launcher
+from jhansi_runtime.engine.launcher import Launcher, Parent
 from jhansi_runtime.errors import HostError, StepFailedError
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.channel import Container, Failure, Order, Outcome, Reaped
 
-__all__ = ["Progress", "Reaped", "Slot", "step_failed"]
+__all__ = ["BorrowedSlot", "Lent", "Progress", "Reaped", "Slot", "step_failed"]
 
 
 class Progress(Enum):
@@ -28,6 +28,21 @@ class Progress(Enum):
 
     LAUNCHED = "launched"
     READY = "ready"
+
+
+class Lent(NamedTuple):
+    """A slot as another process takes it over: all that it knows, and that it has not ended.
+
+    descriptors are those of its channel and of its init; then of its cgroup, if has_group; then, if is_ready, those of
+    the filesystem of its /tmp and of its /proc. They remain the lender's.
+    """
+
+    container: Container
+    has_interpreter: bool
+    pid: int
+    has_group: bool
+    is_ready: bool
+    descriptors: tuple[int, ...]
 
 
 class Slot:
@@ -59,6 +74,32 @@ class Slot:
             raise
         finally:
             theirs.close()
+
+    def lend(self) -> Lent:
+        """Return what another process needs to take it over, who alone may use it then; we may still close it.
+
+        HostError: it has ended before there was anything to lend.
+        """
+        while self._pidfd < 0:
+            said = self.receive()
+            if isinstance(said, Failure):
+                raise step_failed(said)
+            if said is None:
+                raise HostError("init ended as it was launched", remedy="run: jhansi-run doctor")
+        group = () if self.group is None else (self.group,)
+        built = (self._scratch, self.proc) if self.is_ready else ()
+        return Lent(
+            container=self.container,
+            has_interpreter=self.has_interpreter,
+            pid=self._pid,
+            has_group=bool(group),
+            is_ready=bool(built),
+            descriptors=(self.channel, self._pidfd, *group, *built),
+        )
+
+    def has_ended(self) -> None:
+        """Take note that whoever borrowed it has received its outcome."""
+        self._has_ended = True
 
     def __enter__(self) -> Self:
         return self
@@ -163,6 +204,22 @@ class Slot:
     def _is_launched(self) -> bool:
         """Say whether there is an init. The launcher's first message tells, and may have to be waited for."""
         return self._pidfd >= 0 or self.receive() is Progress.LAUNCHED
+
+
+class BorrowedSlot(Slot):
+    """A slot of another process's, whose descriptors are ours now; parent reaps its init for us."""
+
+    def __init__(self, lent: Lent, parent: Parent) -> None:
+        self.container, self.has_interpreter = lent.container, lent.has_interpreter
+        self._begins_next = False
+        self._parent = parent
+        channel, self._pidfd, *others = lent.descriptors
+        self._channel = messages.Channel.of(channel)
+        self._pid = lent.pid
+        self.group = others.pop(0) if lent.has_group else None
+        self._scratch, self.proc = others if lent.is_ready else (-1, -1)
+        self._ordered = self._has_ended = False
+        self._reaped = None
 
 
 def _wait(pidfd: int) -> None:

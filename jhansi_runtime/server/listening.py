@@ -21,7 +21,17 @@ from typing import Literal, NamedTuple
 
 from jhansi_runtime.errors import ConflictError, HostError, InvalidRequestError, JhansiError
 
-__all__ = ["Kind", "Listener", "Where", "adopt", "is_wildcard", "listen", "passed_descriptors", "tcp_addresses"]
+__all__ = [
+    "Kind",
+    "Listener",
+    "Where",
+    "adopt",
+    "is_wildcard",
+    "listen",
+    "passed_descriptors",
+    "private_socket",
+    "tcp_addresses",
+]
 
 Kind = Literal["unix", "loopback", "network"]
 
@@ -71,7 +81,7 @@ def listen(where: Where, *, has_keys: bool) -> Iterator[list[Listener]]:
             for family, address in addresses:
                 kind = _require_keys(_kind_of(address), has_keys=has_keys)
                 listeners.append(Listener(stack.enter_context(_tcp_socket(family, address)), kind))
-        listeners.append(Listener(stack.enter_context(_unix_socket(os.path.abspath(where.path))), "unix"))
+        listeners.append(Listener(stack.enter_context(private_socket(os.path.abspath(where.path))), "unix"))
         yield listeners
 
 
@@ -177,7 +187,8 @@ def _not_bound(error: OSError, address: tuple[str, int]) -> JhansiError:
 
 
 @contextmanager
-def _unix_socket(path: str) -> Iterator[socket.socket]:
+def private_socket(path: str) -> Iterator[socket.socket]:
+    """A Unix socket of that path which this user alone may connect to, and its file, until the end of the block."""
     _make_folder(os.path.dirname(path))
     with _lock(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_stale(path)

@@ -17,6 +17,7 @@ from jhansi_runtime.keys import KeyStore
 from jhansi_runtime.logs import configure, log
 from jhansi_runtime.paths import Paths
 from jhansi_runtime.runtime import Runtime
+from jhansi_runtime.server.attending import attendant
 from jhansi_runtime.server.httpd import serve
 from jhansi_runtime.server.listening import Listener, Where, adopt, is_wildcard, listen, passed_descriptors
 from jhansi_runtime.server.supervision import Supervisor
@@ -51,14 +52,17 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
     has_keys = not keys.is_empty()
     with (
         _listeners(options, paths, environ, has_keys=has_keys) as listeners,
+        attendant(_unix_path(listeners, paths)) as command_lines,
         Runtime(paths, progress=_log_progress) as runtime,
     ):
+        runtime.lend(command_lines.door)
         app = create_app(runtime, keys=keys, settings=settings)
         actor, kinds = f"uid:{os.getuid()}", sorted({listener.kind for listener in listeners})
         runtime.audit.append("server.start", actor=actor, addresses=kinds)
         try:
             return serve(app, listeners, grace=settings.grace, supervisor=supervisor)
         finally:
+            command_lines.end()  # while there are slots yet
             runtime.audit.append("server.stop", actor=actor, addresses=kinds)
 
 
@@ -84,6 +88,12 @@ def _listeners(
     if passed:
         return adopt(passed, has_keys=has_keys)
     return listen(Where(options.host, options.port, options.socket or paths.socket), has_keys=has_keys)
+
+
+def _unix_path(listeners: Sequence[Listener], paths: Paths) -> str:
+    """Where clients look for our Unix socket: where it is, else where the environment says."""
+    found = [str(listener.socket.getsockname()) for listener in listeners if listener.kind == "unix"]
+    return found[0] if found else paths.socket
 
 
 def _log_progress(line: str) -> None:
