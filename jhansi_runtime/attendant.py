@@ -36,6 +36,8 @@ import prctl
 from jhansi_runtime import thin
 from jhansi_runtime.__main__ import unfinished
 from jhansi_runtime.cli import run
+from jhansi_runtime.cli.commands import MODULE_OF
+from jhansi_runtime.cli.opening import open_runtime
 from jhansi_runtime.engine.lending import BorrowedSlots
 from jhansi_runtime.errors import JhansiError
 from jhansi_runtime.isolation.channel import Channel
@@ -46,8 +48,12 @@ __all__ = ["main"]
 _WAITING = 3  # workers that are there ahead
 _ENDED_WITHIN_SECONDS = 10.0
 _RETRY_MILLISECONDS = 1000  # after a fork that failed, or a worker that died as it waited
-_LOADED_AHEAD = ("cli.commands", "cli.programs", "cli.sandboxes", "cli.files", "cli.rootfs", "cli.audit", "cli.keys")
-_LOADED_AHEAD_TOO = ("cli.execs", "engine.terminal", "isolation.terminal", "rendering", "runtime")
+_LOADED_AHEAD = (
+    *(f"jhansi_runtime.cli.{name}" for name in ("commands", *sorted({*MODULE_OF.values()} - {"server", "host"}))),
+    *(f"jhansi_runtime.{name}" for name in ("cli.execs", "engine.terminal", "isolation.terminal", "rendering")),
+    "encodings.ascii",
+    "tomllib",
+)
 # What Python's own variables change of a process that has started already is in the request, or nothing.
 _HARMLESS = {"PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE"}
 _LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
@@ -79,11 +85,20 @@ def main(listener: int, door: int) -> NoReturn:
     """
     prctl.set_pdeathsig(signal.SIGKILL)
     gc.disable()
-    for name in (*_LOADED_AHEAD, *_LOADED_AHEAD_TOO):
-        import_module(f"jhansi_runtime.{name}")
+    _load()
     gc.freeze()
     _Attendant(socket.socket(fileno=listener), Channel.of(door)).attend()
     os._exit(0)
+
+
+def _load() -> None:
+    """Load what commands load when they come to it."""
+    for name in _LOADED_AHEAD:
+        import_module(name)
+    # What is wrong with this installation, whoever runs a command is told.
+    with suppress(JhansiError, OSError), open_runtime() as runtime:
+        runtime.sandboxes()
+        runtime.rootfs_infos()
 
 
 class _Attendant:

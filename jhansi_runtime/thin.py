@@ -237,7 +237,7 @@ def _address(environment: dict[bytes, bytes]) -> bytes | None:
 
 
 def _belongs_here(words: list[bytes]) -> bool:
-    if not words or words[0] in _AT_HOME or _COMPLETION in posix.environ:
+    if _COMPLETION in posix.environ or not _AT_HOME.isdisjoint(words[:1]):
         return True
     if any(name in word for word in words for name in _OF_A_PROCESS):
         return True

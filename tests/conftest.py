@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,6 +27,33 @@ ROOTFS_SOURCES = (
     "jhansi_runtime/rootfs.py",
     "jhansi_runtime/tree.py",
 )
+# The thin client, which is to have a server run the line, but for what belongs to its own process.
+THIN = """
+import os, sys
+sys.path.insert(0, os.environ["PYTHONPATH"])
+from jhansi_runtime.thin import run_by_server
+status = run_by_server()
+if status is None:
+    at_home = {"completion", "doctor"} & set(sys.argv[1:2]) or "_JHANSI_RUN_COMPLETE" in os.environ
+    assert at_home or any("/dev/fd/" in word for word in sys.argv), "no server has run this"
+    from jhansi_runtime.__main__ import main
+    main(is_alone=True)
+os._exit(status)
+"""
+# A server without its HTTP API, which is most of the time that it takes to start.
+ATTENDED = """
+import sys
+from jhansi_runtime.paths import Paths
+from jhansi_runtime.runtime import Runtime
+from jhansi_runtime.server.attending import attendant
+paths = Paths.from_environment()
+with attendant(paths.socket) as command_lines, Runtime(paths) as runtime:
+    runtime.lend(command_lines.door)
+    print("ready", flush=True)
+    sys.stdin.read()
+    command_lines.end()
+"""
+WAYS = ("alone", "served")  # the command line without a server, and with one that runs it
 
 
 @pytest.fixture(scope="session")
@@ -153,8 +182,39 @@ def build_if_stale(language, stamp_name):
         stamp.write_text(digest)
 
 
+@contextmanager
+def by_way(way, environment):
+    """The environment in which command() has lines run that way, until the end of the block. See WAYS."""
+    if way == "alone":
+        yield environment
+        return
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 bytes, and tmp_path may have more
+        environment = environment | {"JHANSI_SOCKET": f"{folder}/sock"}
+        argv = [sys.executable, "-c", ATTENDED]
+        server = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.settimeout(30)
+                caller.connect(f"{folder}/sock.cli")
+                assert caller.recv(1) == b"h"  # there are workers by now
+            yield environment
+            server.stdin.close()
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+            server.wait()
+            server.stdout.close()
+
+
+def command(words, environment):
+    """The argv of one jhansi-run: one that a server is to run where the environment names its socket."""
+    program = ("-c", THIN) if "JHANSI_SOCKET" in environment else ("-m", "jhansi_runtime")
+    return [sys.executable, *program, *words]
+
+
 def run(words, environment, **options):
-    argv = [sys.executable, "-m", "jhansi_runtime", *words]
+    argv = command(words, environment)
     defaults = {"env": environment, "capture_output": True, "text": True, "errors": "surrogateescape"}
     return subprocess.run(argv, check=False, **(defaults | options))
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, judged by what they print, leave behind and end with.
 
-Programs are the host's own (--rootfs host). The commands that run none are in test_cli_stores.
+Programs are the host's own (--rootfs host). The commands that run none are in test_cli_stores. Every test runs both
+ways: a process by itself, and the thin client of a server.
 """
 
 import json
@@ -8,11 +9,10 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 
 import msgspec
 import pytest
-from conftest import environment_with, run
+from conftest import WAYS, by_way, command, environment_with, run
 
 from jhansi_runtime.cli.parameters import LIMITS
 from jhansi_runtime.quantities import duration_text, size_text
@@ -36,11 +36,12 @@ while True:
 """
 
 
-@pytest.fixture
-def environment(tmp_path):
+@pytest.fixture(params=WAYS)
+def environment(request, tmp_path):
     environment = environment_with(tmp_path / "home")
     environment.pop("PYTHONUNBUFFERED", None)  # would hide output that is never flushed
-    return environment
+    with by_way(request.param, environment) as environment:
+        yield environment
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def start(environment):
     started = []
 
     def start(*words, **options):
-        argv = [sys.executable, "-m", "jhansi_runtime", *words]
+        argv = command(words, environment)
         defaults = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(argv, **(defaults | options)))
         return started[-1]
@@ -474,7 +475,8 @@ def test_a_full_disk_under_our_output_is_an_error(jhansi):
 
 
 def test_started_with_stdio_closed_it_writes_into_no_file_of_its_own(jhansi, environment):
-    closed = 'exec "$0" -m jhansi_runtime create --rootfs host <&- >&- 2>&-'
-    assert subprocess.run(["sh", "-c", closed, sys.executable], env=environment, check=False).returncode == 0
+    argv = command(["create", "--rootfs", "host"], environment)
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *argv]
+    assert subprocess.run(closed, env=environment, check=False).returncode == 0
     assert jhansi("audit", "verify").returncode == 0
     assert len(document(jhansi("ls", "--json"))) == 1

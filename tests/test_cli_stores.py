@@ -6,14 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from conftest import environment_with, run
+from conftest import WAYS, by_way, environment_with, run
 
 HOSTILE = b"a\n\x1b[31m\xff"
 
 
-@pytest.fixture
-def environment(tmp_path):
-    return environment_with(tmp_path / "home")
+@pytest.fixture(params=WAYS)
+def environment(request, tmp_path):
+    with by_way(request.param, environment_with(tmp_path / "home")) as environment:
+        yield environment
 
 
 @pytest.fixture
