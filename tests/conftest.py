@@ -189,7 +189,9 @@ def by_way(way, environment):
         yield environment
         return
     with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 bytes, and tmp_path may have more
-        environment = environment | {"JHANSI_SOCKET": f"{folder}/sock"}
+        # With a pool: the first exec borrows a slot that is made for it, the third one that has waited.
+        pathlib.Path(folder, "config.toml").write_text("[pool]\nmaximum = 2\n")
+        environment = environment | {"JHANSI_SOCKET": f"{folder}/sock", "JHANSI_CONFIG": f"{folder}/config.toml"}
         argv = [sys.executable, "-c", ATTENDED]
         server = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:

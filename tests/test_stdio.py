@@ -1,4 +1,7 @@
-"""What our own stdin, stdout, stderr, terminal and signals are to the program: real ones, at both ends."""
+"""What our own stdin, stdout, stderr, terminal and signals are to the program: real ones, at both ends.
+
+Every test runs both ways: a process by itself, and the thin client of a server.
+"""
 
 import fcntl
 import json
@@ -7,13 +10,12 @@ import select
 import shlex
 import signal
 import subprocess
-import sys
 import termios
 import time
 
 import pytest
+from conftest import WAYS, by_way, command, run
 
-JHANSI_RUN = (sys.executable, "-m", "jhansi_runtime")
 WITHIN = 30  # seconds that a test waits for what ought to come at once
 
 PROGRAMS = {
@@ -60,6 +62,17 @@ while True:
 }
 
 
+@pytest.fixture(scope="module", params=WAYS)
+def runtime_environment(request, fresh_environment):
+    with by_way(request.param, fresh_environment()) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def jhansi(runtime_environment):
+    return lambda *words, **options: run(words, runtime_environment, **options)
+
+
 @pytest.fixture(scope="module")
 def box(jhansi, tmp_path_factory):
     """The id of a sandbox that holds all the programs."""
@@ -79,7 +92,7 @@ def start(runtime_environment, box):
     started = []
 
     def start(program, *options, **streams):
-        argv = [*JHANSI_RUN, "exec", *options, box, program]
+        argv = command(["exec", *options, box, program], runtime_environment)
         defaults = {"env": runtime_environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(argv, **(defaults | streams)))
         return started[-1]
@@ -98,8 +111,8 @@ def sh(runtime_environment, box, tmp_path):
     """`sh("RUN $BOX wait.py | head")` has bash run that line in a new folder, where RUN is `jhansi-run exec`."""
 
     def sh(line):
-        run = shlex.join([*JHANSI_RUN, "exec", "--timeout=20", "--output=1G"])
-        argv = ["/bin/bash", "-c", line.replace("RUN", run)]
+        start = shlex.join(command(["exec", "--timeout=20", "--output=1G"], runtime_environment))
+        argv = ["/bin/bash", "-c", line.replace("RUN", start)]
         environment = {**runtime_environment, "BOX": box}
         return subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
