@@ -266,7 +266,7 @@ def _become(request: _Request, connection: socket.socket, descriptors: list[int]
         wanted = signal.default_int_handler if signal_number == signal.SIGINT else signal.SIG_DFL
         signal.signal(signal_number, signal.SIG_IGN if signal_number in request.ignored else wanted)
     if signal.SIGTSTP not in request.ignored:
-        signal.signal(signal.SIGTSTP, _pause)
+        signal.signal(signal.SIGTSTP, lambda _number, _frame: _pause(connection))
     _end_with(connection)
 
 
@@ -299,10 +299,11 @@ def _limit(connection: socket.socket) -> None:
         resource.setrlimit(limit, (wanted, hard))
 
 
-def _pause(_number: int, _frame: object) -> None:
+def _pause(connection: socket.socket) -> None:
     """Stop until the client goes on, which SIGCONT tells; a process that is stopped would not learn of its death."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    if signal.sigwait({signal.SIGCONT, signal.SIGTERM}) == signal.SIGTERM:
+    # Should SIGTERM have come before that, its handler has run already.
+    if not _has_left(connection) and signal.sigwait({signal.SIGCONT, signal.SIGTERM}) == signal.SIGTERM:
         os.kill(os.getpid(), signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
@@ -313,7 +314,11 @@ def _end_with(connection: socket.socket) -> None:
     fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGKILL if is_ignored else signal.SIGTERM)
     fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
+    if _has_left(connection):  # before that
+        os._exit(0)
+
+
+def _has_left(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
-    if poll.poll(0):  # it was before that
-        os._exit(0)
+    return bool(poll.poll(0))

@@ -188,6 +188,15 @@ def by_way(way, environment):
     if way == "alone":
         yield environment
         return
+    with attended(environment) as (server, served):
+        yield served
+        server.stdin.close()
+        assert server.wait(30) == 0
+
+
+@contextmanager
+def attended(environment):
+    """A server of command lines, and the environment of its clients. The end of its stdin ends it in order."""
     with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 bytes, and tmp_path may have more
         # With a pool: the first exec borrows a slot that is made for it, the third one that has waited.
         pathlib.Path(folder, "config.toml").write_text("[pool]\nmaximum = 2\n")
@@ -200,12 +209,11 @@ def by_way(way, environment):
                 caller.settimeout(30)
                 caller.connect(f"{folder}/sock.cli")
                 assert caller.recv(1) == b"h"  # there are workers by now
-            yield environment
-            server.stdin.close()
-            assert server.wait(30) == 0
+            yield server, environment
         finally:
             server.kill()
             server.wait()
+            server.stdin.close()
             server.stdout.close()
 
 
