@@ -52,14 +52,14 @@ _LOADED_AHEAD = (
     *(f"jhansi_runtime.cli.{name}" for name in ("commands", *sorted({*MODULE_OF.values()} - {"server", "host"}))),
     *(f"jhansi_runtime.{name}" for name in ("cli.execs", "engine.terminal", "isolation.terminal", "rendering")),
     "encodings.ascii",
+    "importlib.metadata",
     "tomllib",
 )
 # What Python's own variables change of a process that has started already is in the request, or nothing.
 _HARMLESS = {"PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE"}
-_LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
+_LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 _STREAMS = ("stdin", "stdout", "stderr")
-# Not to be changed; ignored by every Python.
-_UNCHANGED = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}
+_IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 class _Request(NamedTuple):
@@ -262,9 +262,11 @@ def _become(request: _Request, connection: socket.socket, descriptors: list[int]
     time.tzset()
     os.umask(request.umask)
     _limit(connection)
-    for signal_number in signal.valid_signals() - _UNCHANGED:
-        wanted = signal.default_int_handler if signal_number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(signal_number, signal.SIG_IGN if signal_number in request.ignored else wanted)
+    for number in range(1, signal.NSIG):
+        if number in request.ignored:
+            signal.signal(number, signal.SIG_IGN)
+        elif signal.getsignal(number) is signal.SIG_IGN and number not in _IGNORED_BY_PYTHON:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if signal.SIGTSTP not in request.ignored:
         signal.signal(signal.SIGTSTP, lambda _number, _frame: _pause(connection))
     _end_with(connection)
@@ -293,10 +295,11 @@ def _limit(connection: socket.socket) -> None:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     client = int.from_bytes(credentials[:4], sys.byteorder)
     for limit in _LIMITS:
-        wanted, hard = resource.prlimit(client, limit)[0], resource.getrlimit(limit)[1]
+        wanted, (ours, hard) = resource.prlimit(client, limit)[0], resource.getrlimit(limit)
         if hard != resource.RLIM_INFINITY and (wanted == resource.RLIM_INFINITY or wanted > hard):
             wanted = hard
-        resource.setrlimit(limit, (wanted, hard))
+        if wanted != ours:
+            resource.setrlimit(limit, (wanted, hard))
 
 
 def _pause(connection: socket.socket) -> None:
