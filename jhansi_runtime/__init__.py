@@ -4,7 +4,8 @@ A sandbox is a workspace, not a disposable container: its files live in a folder
 fresh, locked container around that folder, runs one named file in it, and throws the container away.
 
 Reading order: spec (the records), errors, paths; runtime (the verbs); sandboxes, rootfs, audit (the stores);
-engine (a slot's life); isolation (the trusted core: its __init__ tells the theory of operation).
+engine (a slot's life); isolation (the trusted core: its __init__ tells the theory of operation); at last thin and
+attendant (a command line that a server runs).
 
 The names below are loaded when first used: a process that only builds containers imports none of them.
 """

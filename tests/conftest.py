@@ -195,20 +195,27 @@ def by_way(way, environment):
 
 
 @contextmanager
-def attended(environment):
-    """A server of command lines, and the environment of its clients. The end of its stdin ends it in order."""
+def attended(environment, user=None):
+    """A server of command lines, and the environment of its clients. The end of its stdin ends it in order.
+
+    user is the id that it runs as, where that is not our own.
+    """
     with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 bytes, and tmp_path may have more
         # With a pool: the first exec borrows a slot that is made for it, the third one that has waited.
         pathlib.Path(folder, "config.toml").write_text("[pool]\nmaximum = 2\n")
         environment = environment | {"JHANSI_SOCKET": f"{folder}/sock", "JHANSI_CONFIG": f"{folder}/config.toml"}
         argv = [sys.executable, "-c", ATTENDED]
-        server = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        options = {"env": environment, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        if user is not None:
+            os.chown(folder, user, user)
+            options |= {"user": user, "group": user, "extra_groups": []}
+        server = subprocess.Popen(argv, **options)
         try:
             assert server.stdout.readline() == b"ready\n"
             with socket.socket(socket.AF_UNIX) as caller:
                 caller.settimeout(30)
                 caller.connect(f"{folder}/sock.cli")
-                assert caller.recv(1) == b"h"  # there are workers by now
+                assert caller.recv(1) == (b"h" if user is None else b"")  # there are workers by now
             yield server, environment
         finally:
             server.kill()

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jhansi_runtime.logs import log
 from jhansi_runtime.server.listening import private_socket
 
 __all__ = ["Attendant", "attendant"]
 
 BESIDE = ".cli"  # what its socket is called, after the server's; thin.py says the same
+LONGEST = 107  # bytes of a socket's path: unix(7)
 ENDED_WITHIN = 15.0  # seconds; jobs have two of them
 
 _PROGRAM = """import sys
@@ -40,11 +42,16 @@ class Attendant:
 
 
 @contextmanager
-def attendant(path: str) -> Iterator[Attendant]:
+def attendant(path: str) -> Iterator[Attendant | None]:
     """Within: an attendant of the server whose Unix socket has that path. Only before there are threads.
 
     The kernel kills it when this thread ends; its environment, by which it knows whose clients are ours, is our own.
+    None where that path is so long that there can be no socket beside it: then no command line looks for one.
     """
+    if len(os.fsencode(path + BESIDE)) > LONGEST:
+        log("server.no_command_lines", bytes=len(os.fsencode(path)), most=LONGEST - len(BESIDE))
+        yield None
+        return
     with private_socket(path + BESIDE) as listener:
         door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with door:

@@ -55,14 +55,16 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
         attendant(_unix_path(listeners, paths)) as command_lines,
         Runtime(paths, progress=_log_progress) as runtime,
     ):
-        runtime.lend(command_lines.door)
+        if command_lines is not None:
+            runtime.lend(command_lines.door)
         app = create_app(runtime, keys=keys, settings=settings)
         actor, kinds = f"uid:{os.getuid()}", sorted({listener.kind for listener in listeners})
         runtime.audit.append("server.start", actor=actor, addresses=kinds)
         try:
             return serve(app, listeners, grace=settings.grace, supervisor=supervisor)
         finally:
-            command_lines.end()  # while there are slots yet
+            if command_lines is not None:
+                command_lines.end()  # while there are slots yet
             runtime.audit.append("server.stop", actor=actor, addresses=kinds)
 
 

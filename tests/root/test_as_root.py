@@ -4,13 +4,14 @@ import json
 import os
 import pathlib
 import resource
+import socket
 import stat
 import subprocess
 import sys
 
 import psutil
 import pytest
-from conftest import CHECKOUT, environment_with, host_lacks, run
+from conftest import CHECKOUT, attended, command, environment_with, host_lacks, run
 
 sys.path.insert(0, os.path.join(CHECKOUT, "tests", "isolation"))  # as pytest does for the files in there
 
@@ -265,3 +266,28 @@ def test_a_device_in_the_workspace_does_not_open(environment, folder, taken_out,
     except PermissionError:
         host_lacks("device nodes", f"the file system of {folder} is mounted without devices")
     assert opening(environment, folder, "null", taken_out) == expected
+
+
+def test_a_server_of_another_users_runs_no_line_of_ours(tmp_path_factory):
+    place = tmp_path_factory.mktemp("user")
+    place.parent.chmod(0o755)
+    place.parent.parent.chmod(0o755)
+    os.chown(place, USER, USER)
+    with attended(environment_with(place / "home"), USER) as (server, served):
+        answer = run(["ls"], served)
+        assert "no server has run this" in answer.stderr
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.settimeout(30)
+            caller.connect(served["JHANSI_SOCKET"] + ".cli")
+            assert caller.recv(1) == b""
+        ours = subprocess.run(
+            command(["ls"], served),
+            env=served,
+            user=USER,
+            group=USER,
+            extra_groups=[],
+            capture_output=True,
+            check=False,
+        )
+        assert (ours.returncode, ours.stderr) == (0, b"")
+        assert server.poll() is None
