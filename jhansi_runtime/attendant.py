@@ -95,6 +95,11 @@ def _load() -> None:
     """Load what commands load when they come to it."""
     for name in _LOADED_AHEAD:
         import_module(name)
+    _warm_up()
+
+
+def _warm_up() -> None:
+    """Do once what most commands begin with: here for what is made once, in a worker for its own copies of memory."""
     # What is wrong with this installation, whoever runs a command is told.
     with suppress(JhansiError, OSError), open_runtime() as runtime:
         runtime.sandboxes()
@@ -179,6 +184,7 @@ def _work(listener: socket.socket, door: Channel, takes: int, identity: tuple[ob
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})  # see _pause
+    _warm_up()
     slots = BorrowedSlots(door)
     door.close()
     connection, _ = listener.accept()
