@@ -69,16 +69,27 @@ class Run:
 
 
 class LostRun:
-    """A run whose owner is dead. note is what begin() was given, empty where a power cut took it."""
+    """A run whose owner is dead, locked until it is settled or released: no other start has it meanwhile.
 
-    def __init__(self, path: str, run_id: str, note: Mapping[str, Any]) -> None:
+    note is what begin() was given, empty where a power cut took it.
+    """
+
+    def __init__(self, path: str, descriptor: int, note: Mapping[str, Any]) -> None:
         self._path = path
-        self.run_id = run_id
+        self._descriptor = descriptor
+        self.run_id = os.path.basename(path).removesuffix(_SUFFIX)
         self.note = note
 
     def settle(self) -> None:
         """Take it off the ledger, once what it left is gone and its end is in the audit log."""
         os.unlink(self._path)
+        self.release()
+
+    def release(self) -> None:
+        """Leave it, if it has not been settled, to the next start."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Runs:
@@ -109,7 +120,7 @@ class Runs:
                 # Not there to rename: a start took it for a dead one's before it was locked. Once more.
 
     def lost(self) -> Iterator[LostRun]:
-        """Yield the runs whose owner is dead, oldest first, each locked until the next is asked for."""
+        """Yield the runs whose owner is dead, oldest first, each for the caller to settle or release."""
         try:
             names = sorted(os.listdir(self._directory))
         except FileNotFoundError:
@@ -120,14 +131,12 @@ class Runs:
                 descriptor = _lock_if_lost(path)
             if descriptor < 0:
                 continue
-            try:
-                if name.startswith("."):
-                    with suppress(FileNotFoundError):  # renamed, and its owner killed, since it was listed
-                        os.unlink(path)  # begin() never returned, so nothing was started
-                else:
-                    yield LostRun(path, name.removesuffix(_SUFFIX), _read_note(descriptor))
-            finally:
+            if name.startswith("."):
+                with suppress(FileNotFoundError):  # renamed, and its owner killed, since it was listed
+                    os.unlink(path)  # begin() never returned, so nothing was started
                 os.close(descriptor)
+            else:
+                yield LostRun(path, descriptor, _read_note(descriptor))
 
     def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -5,7 +5,8 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,7 +31,7 @@ from jhansi_runtime.paths import Paths, required, shipped
 from jhansi_runtime.places import Place, folder_place, inside, refuse_own_files, require_file
 from jhansi_runtime.profiles import DEFAULT, Profile, ProfileStore
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
-from jhansi_runtime.runs import Run, Runs, new_run_id
+from jhansi_runtime.runs import LostRun, Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
 from jhansi_runtime.settings import load
 from jhansi_runtime.spec import (
@@ -56,6 +57,7 @@ __all__ = ["Runtime"]
 
 _PATHS_IN_A_RECORD = 100
 _PROBE_SECONDS = 10.0
+_SETTLED_AT_ONCE = 100  # lost runs: each is a descriptor, and each time the whole log is read
 _ROOM_AFTER_SECONDS = 60.0  # nobody knows how soon somebody removes one
 
 
@@ -555,9 +557,14 @@ class Runtime:
 
     def _settle_lost_runs(self) -> None:
         """End what a killed process could not end itself: write its exec.end, remove its one-shot workspace."""
-        lost_runs = list(self._runs.lost())
-        if not lost_runs:
-            return
+        lost_runs = self._runs.lost()
+        while batch := list(islice(lost_runs, _SETTLED_AT_ONCE)):
+            with ExitStack() as stack:
+                for lost in batch:
+                    stack.callback(lost.release)
+                self._settle(batch)
+
+    def _settle(self, lost_runs: list[LostRun]) -> None:
         unended = self.audit.unended(lost.run_id for lost in lost_runs)
         for lost in lost_runs:
             if lost.run_id in unended:
