@@ -203,6 +203,13 @@ def test_who_is_in_another_namespace_runs_by_itself(environment):
     assert "no server has run this" in answer.stderr
 
 
+def test_what_the_environment_demands_is_demanded_of_the_server_too(environment):
+    words, demand = ["exec", "--command", "box", "true"], {"JHANSI_REQUIRE": "cgroup"}
+    by_itself = alone(words, {**environment, **demand, "JHANSI_SOCKET": "/nonexistent"})
+    served = run(words, environment | demand)
+    assert (served.returncode, served.stderr) == (by_itself.returncode, by_itself.stderr)
+
+
 @some.composite
 def environments(draw):
     folder = some.sampled_from(["", "/a", "/a/b", "relative"])
