@@ -47,6 +47,7 @@ __all__ = ["main"]
 
 _WAITING = 3  # workers that are there ahead
 _ENDED_WITHIN_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # a worker that is stopped
 _RETRY_MILLISECONDS = 1000  # after a fork that failed, or a worker that died as it waited
 _LOADED_AHEAD = (
     *(f"jhansi_runtime.cli.{name}" for name in ("commands", *sorted({*MODULE_OF.values()} - {"server", "host"}))),
@@ -311,8 +312,11 @@ def _limit(connection: socket.socket) -> None:
 def _pause(connection: socket.socket) -> None:
     """Stop until the client goes on, which SIGCONT tells; a process that is stopped would not learn of its death."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    # Should SIGTERM have come before that, its handler has run already.
-    if not _has_left(connection) and signal.sigwait({signal.SIGCONT, signal.SIGTERM}) == signal.SIGTERM:
+    came = None
+    # SIGTERM may have come before that, or to the thread that flushes the log; then its handler waits for us.
+    while came is None and not _has_left(connection):
+        came = signal.sigtimedwait({signal.SIGCONT, signal.SIGTERM}, _LOOK_SECONDS)
+    if came is not None and came.si_signo == signal.SIGTERM:
         os.kill(os.getpid(), signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 

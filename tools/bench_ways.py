@@ -311,9 +311,9 @@ def server(paths: Paths) -> Iterator[Server]:
     """Within: a server of that installation, on a port of its own. RuntimeError when it does not start."""
     log = f"{paths.socket}.log"
     environment = environment_of(paths)
-    argv = [sys.executable, "-m", "jhansi_runtime", "serve", "--port=0"]
+    argv = [*jhansi_run(), "serve", "--port=0"]  # in just the environment of its clients, or they are none of its own
     with open(log, "wb") as stderr:
-        process = subprocess.Popen(argv, env=environment | {"PYTHONPATH": CHECKOUT}, stderr=stderr)
+        process = subprocess.Popen(argv, env=environment, stderr=stderr)
     try:
         yield Server(process, port_of(process, log), environment)
     finally:

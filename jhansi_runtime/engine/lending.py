@@ -66,7 +66,7 @@ class Lender:
             channel.send(_TAKE, _encode_lent(lent), lent.descriptors)
             kind, _, _ = channel.receive()
             if kind == _RELEASE:
-                slot.has_ended()
+                slot.has_ended = True
             elif kind == _REAP:
                 channel.send(_REAPED, messages.encode_reaped(slot.close()))
 

@@ -97,10 +97,6 @@ class Slot:
             descriptors=(self.channel, self._pidfd, *group, *built),
         )
 
-    def has_ended(self) -> None:
-        """Take note that whoever borrowed it has received its outcome."""
-        self._has_ended = True
-
     def __enter__(self) -> Self:
         return self
 
@@ -218,7 +214,7 @@ class BorrowedSlot(Slot):
         self._pid = lent.pid
         self.group = others.pop(0) if lent.has_group else None
         self._scratch, self.proc = others if lent.is_ready else (-1, -1)
-        self._ordered = self._has_ended = False
+        self._ordered = self.has_ended = False
         self._reaped = None
 
 
