@@ -186,7 +186,10 @@ def _work(listener: socket.socket, door: Channel, takes: int, identity: tuple[ob
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})  # see _pause
     _warm_up()
-    slots = BorrowedSlots(door)
+    try:
+        slots = BorrowedSlots(door)
+    except BrokenPipeError:  # the server is ending, and the attendant about to
+        os._exit(0)
     door.close()
     connection, _ = listener.accept()
     os.write(takes, os.getpid().to_bytes(4, sys.byteorder))

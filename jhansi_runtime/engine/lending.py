@@ -74,7 +74,7 @@ class Lender:
 class BorrowedSlots:
     """The slots of a lender (engine.Slots), for one exec at a time; and the parent of their inits (Parent).
 
-    The connection is made at once. HostError where the lender is gone.
+    The connection is made at once; BrokenPipeError where the lender is gone by then, HostError where it is later.
     """
 
     def __init__(self, door: Channel) -> None:
