@@ -1,4 +1,4 @@
-"""`jhansi-run` (bin/jhansi-run) and `python -m jhansi_runtime`: a server or this process runs the line."""
+"""`jhansi-run` (the script beside this) and `python -m jhansi_runtime`: a server or this process runs the line."""
 
 import gc
 import os

@@ -14,7 +14,7 @@ What could differ runs here, as without a server: another installation, another 
 mean this very process (/proc/self, /dev/fd), a terminal that somebody else is using.
 
 A tenth of a bare interpreter's start is what all this may cost: it imports built-in modules alone, and is loaded before
-`site` has looked for any other (bin/jhansi-run).
+`site` has looked for any other (the script jhansi-run beside this).
 """
 
 import _signal

@@ -143,9 +143,9 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def jobs(self):
-        """The processes of jobs. Those of the launcher that wait for one have no command line."""
-        launcher = psutil.Process(self.process.pid).children()
-        return [one for one in self.descendants() if one not in launcher and any(_command_line(one))]
+        """The processes of jobs. What waits in a launcher has no command line, what waits in the attendant its own."""
+        helpers = [_command_line(one) for one in psutil.Process(self.process.pid).children()]
+        return [one for one in self.descendants() if any(_command_line(one)) and _command_line(one) not in helpers]
 
     def descriptors(self):
         return sorted(

@@ -379,7 +379,7 @@ def test_a_server_that_is_killed_leaves_the_terminal_as_it_was(own):
 # --- the script -----------------------------------------------------------------------------------------------
 
 
-SCRIPT = Path(CHECKOUT, "bin", "jhansi-run")
+SCRIPT = Path(CHECKOUT, "jhansi_runtime", "jhansi-run")
 
 
 @pytest.mark.skipif("_socket" not in sys.builtin_module_names, reason="this python has not built _socket in")
