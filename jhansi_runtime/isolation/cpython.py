@@ -1,7 +1,7 @@
 """Have a CPython that has been started for one file run another: what a zygote's interpreter does in each of its jobs.
 
 The interpreter keeps the name of the file in its PyConfig, as text of the C library's wchar_t; run_filename is what it
-will open, argv[0] what sys.path[0] is made from. Where they lie in that record differs from version to version, so they
+will open, argv[0] what sys.path[0] is made from. Where they lie in its state differs from version to version, so they
 are looked for, by the name that this interpreter was started with; a version that keeps them elsewhere is found out
 when the zygote starts, not when a job does. What /proc tells of a command line is the kernel's to know (prctl(2),
 PR_SET_MM_MAP).
@@ -14,14 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from jhansi_runtime.isolation.syscalls import set_memory_map
 
 __all__ = ["Interpreter", "find", "run_next"]
 
-_CONFIG_BYTES = 2048  # more than any PyConfig has
+_STATE_BYTES = 1 << 20  # more than any PyInterpreterState has, which the PyConfig is a part of
 _WIDE = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
@@ -43,19 +42,17 @@ def find(placeholder: str) -> Interpreter:
     """Look for the places of a file name that no file has. OSError (ENOTSUP): this Python keeps it elsewhere."""
     if placeholder not in sys.orig_argv or sys.argv[:1] != [placeholder]:
         raise OSError(errno.ENOTSUP, "this Python was not started for the file of a zygote")
-    wanted = _wide(placeholder)
     memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        config = _config()
-        run_filename = [at for at, word in _words(memory, config) if _read(memory, word, len(wanted)) == wanted]
-        argv = [
-            items
-            for _, items in _words(memory, config)
-            for _, first in _words(memory, items, _WORD)
-            if _read(memory, first, len(wanted)) == wanted
-        ]
+        written = {start: _read(memory, start, end - start) for start, end in _allocated()}
+        state = _state()
+        words = memoryview(_read(memory, state, _STATE_BYTES)).cast("P")
     finally:
         os.close(memory)
+    names = set(_places(written, _wide(placeholder)))
+    firsts = {at for name in names for at in _places(written, name.to_bytes(_WORD, sys.byteorder))}
+    run_filename = [state + number * _WORD for number, word in enumerate(words) if word in names]
+    argv = [word for word in words if word in firsts]
     if len(run_filename) != 1 or len(argv) != 1:
         raise OSError(errno.ENOTSUP, f"this Python ({sys.version.split()[0]}) keeps its file's name elsewhere")
     return Interpreter((run_filename[0], argv[0]), sys.orig_argv.index(placeholder))
@@ -119,29 +116,37 @@ def _reopened(was: io.TextIOWrapper, descriptor: int, mode: str) -> io.TextIOWra
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def _config() -> int:
-    api = ctypes.pythonapi
-    try:
-        current, config = api.PyInterpreterState_Get, api._PyInterpreterState_GetConfig  # noqa: SLF001 - C has no other
-    except AttributeError:
-        raise OSError(errno.ENOTSUP, "this Python does not tell where its configuration is") from None
-    current.restype = config.restype = ctypes.c_void_p
-    config.argtypes = [ctypes.c_void_p]
-    return int(config(current()))
+def _state() -> int:
+    """Return where the state of this interpreter lies."""
+    get = ctypes.pythonapi.PyInterpreterState_Get
+    get.restype = ctypes.c_void_p
+    return int(get())
 
 
-def _words(memory: int, start: int, length: int = _CONFIG_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield address and value of each word that lies there, as far as there is memory."""
-    content = _read(memory, start, length)
-    for offset in range(0, len(content) - _WORD + 1, _WORD):
-        yield start + offset, int.from_bytes(content[offset : offset + _WORD], sys.byteorder)
+def _allocated() -> Iterator[tuple[int, int]]:
+    """Yield start and end of the memory that was allocated while this process ran (proc_pid_maps(5))."""
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            span, access, _, _, _, *name = line.split(maxsplit=5)
+            if access == "rw-p" and (not name or name[0].strip() == "[heap]"):
+                start, end = (int(number, 16) for number in span.split("-"))
+                yield start, end
+
+
+def _places(written: dict[int, bytes], wanted: bytes) -> Iterator[int]:
+    """Yield where that stands, at the beginning of a word."""
+    for start, content in written.items():
+        at = content.find(wanted)
+        while at >= 0:
+            if at % _WORD == 0:
+                yield start + at
+            at = content.find(wanted, at + 1)
 
 
 def _read(memory: int, start: int, length: int) -> bytes:
-    """Return what lies there, by /proc/self/mem, which refuses what is no memory."""
-    with suppress(OSError, OverflowError):
-        return os.pread(memory, length, start)
-    return b""
+    """Return what lies there, whole words as far as there is memory."""
+    content = os.pread(memory, length, start)
+    return content[: len(content) // _WORD * _WORD]
 
 
 def _wide(text: str) -> bytes:
