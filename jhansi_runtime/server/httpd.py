@@ -18,11 +18,13 @@ and a peer over TCP that is gone still has an address here.
 import asyncio
 import gc
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from socket import socket
+from socket import SO_PEERCRED, SOL_SOCKET, socket
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -202,6 +204,8 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
+        if self.app_state[OVER_UNIX_SOCKET] and _peer(transport) not in {os.geteuid(), 0}:
+            transport.abort()  # whatever the mode of the socket's file: who comes by it needs no key
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         if self.client is None and not self.app_state[OVER_UNIX_SOCKET]:
             self.client = _GONE
@@ -320,6 +324,12 @@ async def _telling_why_it_does_not_start(app: Application, scope: Any, receive: 
 def _log_lifespan_error(_kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
     if error is not None:
         log("server.lifespan_error", error=error)
+
+
+def _peer(transport: asyncio.Transport) -> int:
+    """Return the user id of the other end of a Unix socket: SO_PEERCRED of unix(7)."""
+    credentials = transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], sys.byteorder)
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -41,6 +41,19 @@ def opened(path):
         return type(error).__name__
 print(json.dumps([os.getresuid(), os.getresgid(), *map(opened, sys.argv[1:])]))
 """
+# Prints what a server's Unix socket answers; nothing where it hangs up.
+ASKING = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as caller:
+    caller.settimeout(30)
+    caller.connect(sys.argv[1])
+    try:
+        caller.sendall(b"GET /v1/health HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+        while said := caller.recv(4096):
+            sys.stdout.buffer.write(said)
+    except ConnectionError:
+        pass
+"""
 AS_1000 = [[1000] * 3] * 2
 
 
@@ -266,6 +279,33 @@ def test_a_device_in_the_workspace_does_not_open(environment, folder, taken_out,
     except PermissionError:
         host_lacks("device nodes", f"the file system of {folder} is mounted without devices")
     assert opening(environment, folder, "null", taken_out) == expected
+
+
+def test_an_unknown_user_is_not_answered_whatever_the_mode_of_the_socket(environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    for above in (folder, folder.parent, folder.parent.parent):
+        above.chmod(0o755)
+    path = folder / "sock"
+    argv = [sys.executable, "-m", "jhansi_runtime", "serve", "--no-tcp", "--socket", str(path)]
+    with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        while "server.ready" not in server.stderr.readline():
+            assert server.poll() is None
+        path.chmod(0o666)
+        answers = [
+            subprocess.run(
+                [sys.executable, "-c", ASKING, path],
+                user=user,
+                group=user,
+                extra_groups=[],
+                capture_output=True,
+                check=True,
+            ).stdout
+            for user in (0, USER)
+        ]
+        server.terminate()
+        server.stderr.read()
+    assert answers[0].startswith(b"HTTP/1.1 200 ")
+    assert answers[1] == b""
 
 
 def test_a_server_of_another_users_runs_no_line_of_ours(tmp_path_factory):
