@@ -92,11 +92,16 @@ def left_behind(environment):
         "processes": sorted(process.pid for process in processes),
         "descriptors": sorted(os.readlink(f"/proc/self/fd/{name}") for name in open_descriptors()),
         "mounts": mounts,
-        "namespaces": sorted(
-            {os.readlink(f"/proc/{process.pid}/ns/{name}") for process in processes for name in NAMESPACES}
-        ),
+        "namespaces": sorted({namespace(process.pid, name) for process in processes for name in NAMESPACES}),
         "files": sorted(files),
     }
+
+
+def namespace(pid, name):
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{name}")
+    except PermissionError:  # of a process that is closed to its user: as long as it is there, so is that
+        return f"{name} of {pid}"
 
 
 def open_descriptors():

@@ -285,7 +285,8 @@ def test_without_its_attendant_a_server_is_none_for_the_command_line(own):
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_a_client_that_is_killed_takes_the_job_with_it(start, environment, stopped):
     job = Sleeping()
-    process = start(job.words, environment)
+    # In a group whose parent is in the same session: the kernel stops no other (setpgid(2), orphaned groups).
+    process = start(job.words, environment, process_group=0)
     until(job.is_there)
     if stopped:
         process.send_signal(signal.SIGTSTP)
