@@ -71,7 +71,7 @@ TABLE = {
     "logs": May("spec"),
     # The process around the HTTP API, and the API: only what composes the two knows both.
     "server.serve": May(f"{BASE} keys runtime settings api logs server", "msgspec"),
-    "server": May("errors paths settings logs", "uvicorn uvloop"),
+    "server": May("errors paths settings logs thin", "uvicorn uvloop"),
     "cli": May(f"{BASE} rendering runtime places engine isolation.spawn audit doctor keys server", "click msgspec"),
     "api": May(
         f"{BASE} runtime explanations workspace runs keys detached background engine logs",

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import environment_with
@@ -106,6 +107,22 @@ def test_a_slot_takes_one_order(pooled, box):
 
     with pytest.raises(HostError, match="a slot runs one order"):
         runtime.exec(program(box))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_without_its_keeper_it_still_ends_every_slot(pooled, box):
+    runtime = pooled()
+    warmed(runtime, box)
+    runtime.pool._fill = None  # a defect, which the keeper does not survive
+    with suppress(HostError):  # it takes its zygotes along, and with them what runs in their slots
+        runtime.exec(program(box))
+    eventually(lambda: not runtime.pool._keeper.is_alive())
+    runtime.exec(program(box))
+    before = len(os.listdir("/proc/self/fd"))
+
+    assert {runtime.exec(program(box)).stdout for _ in range(5)} == {"2 []\n"}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert runtime.pool._dropped == []
 
 
 def test_a_slot_that_has_died_is_given_to_nobody(pooled, box):

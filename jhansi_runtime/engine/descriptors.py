@@ -8,15 +8,33 @@ import errno
 import os
 from collections.abc import Iterator
 
-__all__ = ["GONE", "INIT", "bytes_in_memfds", "bytes_in_removed_files", "pids"]
+__all__ = ["INIT", "bytes_in_memfds", "bytes_in_removed_files", "pids", "read"]
 
 INIT = "1"
-GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})  # how /proc says that a process has ended
+_READ = 4096
+_GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})  # how /proc says that a process has ended
 
 
 def pids(proc: int) -> list[str]:
     """Return the processes of the container whose /proc that descriptor is, init among them."""
     return [name for name in os.listdir(proc) if name.isdigit()]
+
+
+def read(proc: int | None, path: str) -> bytes:
+    """Return the beginning of a file of that /proc, empty when its process has ended or hides it.
+
+    proc None is for a path that is whole.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            return os.read(descriptor, _READ)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in {*_GONE, errno.EACCES, errno.EPERM}:
+            raise
+        return b""
 
 
 def bytes_in_memfds(proc: int) -> int:
@@ -42,7 +60,7 @@ def _open_files(proc: int) -> Iterator[tuple[str, os.stat_result]]:
             try:
                 folder = os.open(f"{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
             except OSError as error:
-                if error.errno not in {*GONE, errno.EACCES}:
+                if error.errno not in {*_GONE, errno.EACCES}:
                     raise
                 continue
             try:
@@ -58,5 +76,5 @@ def _files_in(folder: int) -> Iterator[tuple[str, os.stat_result]]:
             if target.startswith("/"):  # and not pipe:[1234]
                 yield target, os.stat(name, dir_fd=folder)
     except OSError as error:  # it has ended, or closed the descriptor; the next look sees what there is then
-        if error.errno not in {*GONE, errno.EACCES}:
+        if error.errno not in {*_GONE, errno.EACCES}:
             raise

@@ -202,7 +202,7 @@ class Pool:
     def _give_back(self, made: _Made) -> None:
         """End a slot that was taken. Whoever took it need not wait until the kernel is done with one that has ended."""
         with self._lock:
-            if made.slot.has_ended and self._keeper is not None and not self._is_closed:
+            if made.slot.has_ended and self._wake is not None:
                 self._drop(made)
                 self._nudge()
                 return
@@ -479,9 +479,8 @@ class Pool:
                 for made in (*shelf.idle, *shelf.building):
                     self._drop(made)
             self._shelves.clear()
+            wake, self._wake = self._wake, None  # from here on whoever has a slot ends it
         self._end_dropped()
-        with self._lock:
-            wake, self._wake = self._wake, None
         self._sources.end()
         for descriptor in wake or ():
             os.close(descriptor)

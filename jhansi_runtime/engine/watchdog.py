@@ -13,14 +13,13 @@ them, and takes 160 microseconds where this takes 10: with a hundred processes, 
 A share of CPU time that is not a whole number of CPUs is kept by stopping all of the job for a while.
 """
 
-import errno
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from jhansi_runtime.engine.descriptors import GONE, INIT, bytes_in_memfds, pids
+from jhansi_runtime.engine.descriptors import INIT, bytes_in_memfds, pids, read
 from jhansi_runtime.engine.watches import AFTER_RLIMIT_SECONDS, Bounds, Reason
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ _REST = 4  # times as long as a look took is the least time until the next: a fi
 _BURST_SECONDS = 0.05  # of CPU time that a job may be ahead of its share
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
-_READ = 4096
 
 
 class _Process(NamedTuple):
@@ -133,7 +131,7 @@ class Watchdog:
 def _processes(proc: int) -> Iterator[_Process]:
     """Yield what is in a container's /proc, init's children included: orphans are among them when they have ended."""
     for pid in pids(proc):
-        if text := _read(proc, f"{pid}/stat"):
+        if text := read(proc, f"{pid}/stat"):
             # The name, in parentheses, may hold anything; field numbers are those of proc_pid_stat(5), less 3.
             fields = text.rpartition(b")")[2].split()
             user, system, children_user, children_system = map(int, fields[11:15])
@@ -152,7 +150,7 @@ def _mapped_bytes(proc: int, processes: list[_Process]) -> tuple[int, int]:
     for pid, *_ in processes:
         if pid != INIT:
             # A program that its user may not read shows this to nobody; what it shows counts shared pages repeatedly.
-            text = _read(proc, f"{pid}/smaps_rollup") or _read(proc, f"{pid}/status")
+            text = read(proc, f"{pid}/smaps_rollup") or read(proc, f"{pid}/status")
             fields = {key: value for key, _, value in (line.partition(b":") for line in text.splitlines())}
             anonymous += sum(_kibibytes(fields, name) for name in (b"Pss_Anon", b"SwapPss", b"RssAnon", b"VmSwap"))
             shared += sum(_kibibytes(fields, name) for name in (b"Pss_Shmem", b"RssShmem"))
@@ -161,23 +159,3 @@ def _mapped_bytes(proc: int, processes: list[_Process]) -> tuple[int, int]:
 
 def _kibibytes(fields: Mapping[bytes, bytes], name: bytes) -> int:
     return int(fields[name].split(maxsplit=1)[0]) * 1024 if name in fields else 0
-
-
-def _read(proc: int, path: str) -> bytes:
-    """Return a file of a container's /proc, empty when its process has ended or hides it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
-    except PermissionError:
-        return b""
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return b""
-    try:
-        return os.read(descriptor, _READ)
-    except OSError as error:
-        if error.errno not in {*GONE, errno.EACCES}:
-            raise
-        return b""
-    finally:
-        os.close(descriptor)

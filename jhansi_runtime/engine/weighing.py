@@ -6,18 +6,17 @@ of a slot only what is its own alone, which is what ending it would free.
 
 import os
 
-from jhansi_runtime.engine.descriptors import GONE, pids
+from jhansi_runtime.engine.descriptors import pids, read
 
 __all__ = ["own_bytes", "resident_bytes"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _OWN = (b"Private_Clean:", b"Private_Dirty:")
-_READ = 4096
 
 
 def resident_bytes(pid: int) -> int:
     """Return what a process has in memory; 0 when it has ended. The pid is that of one that is not reaped yet."""
-    text = _read(f"/proc/{pid}/statm")
+    text = read(None, f"/proc/{pid}/statm")
     return int(text.split()[1]) * _PAGE if text else 0
 
 
@@ -31,21 +30,8 @@ def own_bytes(proc: int) -> int:
 
 
 def _own_bytes(proc: int, pid: str) -> int:
-    rollup = _read(f"{pid}/smaps_rollup", proc)
+    rollup = read(proc, f"{pid}/smaps_rollup")
     if rollup:
         return sum(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith(_OWN))
-    statm = _read(f"{pid}/statm", proc).split()
+    statm = read(proc, f"{pid}/statm").split()
     return (int(statm[1]) - int(statm[2])) * _PAGE if statm else 0
-
-
-def _read(path: str, proc: int | None = None) -> bytes:
-    """Return a file of a /proc, empty when its process has ended or hides it."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc), "rb", buffering=0) as file:
-            return file.read(_READ) or b""
-    except PermissionError:
-        return b""
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return b""

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jhansi_runtime import thin
 from jhansi_runtime.logs import log
 from jhansi_runtime.server.listening import private_socket
 
 __all__ = ["Attendant", "attendant"]
 
-BESIDE = ".cli"  # what its socket is called, after the server's; thin.py says the same
+BESIDE = os.fsdecode(thin.BESIDE)
 LONGEST = 107  # bytes of a socket's path: unix(7)
 ENDED_WITHIN = 15.0  # seconds; jobs have two of them
 

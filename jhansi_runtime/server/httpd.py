@@ -20,11 +20,10 @@ import gc
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from socket import SO_PEERCRED, SOL_SOCKET, socket
+from socket import socket
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -38,6 +37,7 @@ from jhansi_runtime.errors import HostError
 from jhansi_runtime.logs import log
 from jhansi_runtime.server.listening import BACKLOG, Listener
 from jhansi_runtime.server.supervision import Supervisor
+from jhansi_runtime.thin import peer
 
 __all__ = ["OVER_UNIX_SOCKET", "serve"]
 
@@ -204,7 +204,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
-        if self.app_state[OVER_UNIX_SOCKET] and _peer(transport) not in {os.geteuid(), 0}:
+        if self.app_state[OVER_UNIX_SOCKET] and peer(transport.get_extra_info("socket")) not in {os.geteuid(), 0}:
             transport.abort()  # whatever the mode of the socket's file: who comes by it needs no key
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
         if self.client is None and not self.app_state[OVER_UNIX_SOCKET]:
@@ -324,12 +324,6 @@ async def _telling_why_it_does_not_start(app: Application, scope: Any, receive: 
 def _log_lifespan_error(_kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
     if error is not None:
         log("server.lifespan_error", error=error)
-
-
-def _peer(transport: asyncio.Transport) -> int:
-    """Return the user id of the other end of a Unix socket: SO_PEERCRED of unix(7)."""
-    credentials = transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_PEERCRED, 12)
-    return int.from_bytes(credentials[4:8], sys.byteorder)
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
