@@ -11,8 +11,10 @@ import pytest
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import InProcess, LauncherProcess
+from jhansi_runtime.engine.launcher import Connection
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import spawn
+from jhansi_runtime.isolation.channel import Channel, pair
 
 
 @pytest.fixture
@@ -245,3 +247,22 @@ def is_running(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_asked_whether_it_has_ended_while_another_thread_leaves_it():
+    ours, theirs = pair()
+    leaving = []
+
+    class Left(Channel):
+        def fileno(self):
+            leaving.append(threading.Thread(target=connection.close))
+            leaving[0].start()
+            leaving[0].join(0.2)
+            return super().fileno()
+
+    connection = Connection(Left(ours._socket))
+
+    assert not connection.has_ended()
+    leaving[0].join()
+    theirs.close()
+    assert connection.has_ended()

@@ -319,6 +319,24 @@ def test_killed_while_slots_wait_it_is_not_missed(pooled, box, whom):
     assert eventually(lambda: [other for other in waiting(runtime) if other is not made])
 
 
+def test_a_zygote_that_owes_an_answer_can_be_ended(pooled, box):
+    process = warmed(pooled(), box).source.process
+    signal.pidfd_send_signal(process.pidfd, signal.SIGSTOP)
+    asking = threading.Thread(target=process._connection.reap, args=(process.pid,))
+    asking.start()
+    eventually(process._connection._mutex.locked)
+
+    ending = threading.Thread(target=process.close, daemon=True)
+    ending.start()
+    ending.join(10)
+    had_ended = not ending.is_alive()
+    if not had_ended:
+        signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+    asking.join()
+
+    assert had_ended
+
+
 def test_a_zygote_killed_ends_its_execs_which_are_recorded(pooled, box):
     runtime = pooled()
     made = warmed(runtime, box)

@@ -137,12 +137,16 @@ class Connection:
 
     def has_ended(self) -> bool:
         """Say whether whoever launches is gone: its end of the channel is closed before its children know."""
-        channel = self._channel
-        if channel is None:
-            return True
-        poll = select.poll()
-        poll.register(channel.fileno(), select.POLLRDHUP)
-        return bool(poll.poll(0))
+        if not self._mutex.acquire(blocking=False):
+            return False  # whoever talks to it now may have to wait, and will notice
+        try:
+            if self._channel is None:
+                return True
+            poll = select.poll()
+            poll.register(self._channel.fileno(), select.POLLRDHUP)
+            return bool(poll.poll(0))
+        finally:
+            self._mutex.release()
 
     def close(self) -> None:
         """Leave whoever launches, which ends it."""

@@ -90,9 +90,9 @@ class ZygoteProcess:
 
     def close(self) -> None:
         """End it, and with it every container of its."""
-        self._connection.close()
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)  # first: somebody may be waiting for its answer
+        self._connection.close()
         self._parent.release(self._pid)
 
     def wait(self) -> None:
