@@ -2,14 +2,15 @@
 
     $PETRI_WORKSPACE_ROOT/          0700
         .lock                       held while names are compared and settings change
+        .names/                     who is called what (names.py)
         ID/                         0700; whoever uses the sandbox has a shared flock on this folder
             sandbox.json            spec.Sandbox, replaced as a whole
             .changing .holds        who changes the workspace, and what it holds (room.py)
             workspace/              what a container mounts
-        .creating-ID .removing-ID   not there yet, not there any more
+        .unfinished/                creating-ID and removing-ID: not there yet, not there any more
 
 An ID is `sb_` and 16 hexadecimal digits; that of a one-shot sandbox is the id of its run. A folder comes and goes by
-one rename: whoever is killed leaves a whole sandbox or a dot-name, which the next to create, remove or sweep clears
+one rename: whoever is killed leaves a whole sandbox or something unfinished, which the next to create or sweep clears
 away. Every lock is a flock(2) on a close-on-exec descriptor, so it dies with its holder.
 """
 
@@ -18,7 +19,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 
 from msgspec import UNSET, UnsetType
@@ -28,6 +29,7 @@ from jhansi_runtime import beneath
 from jhansi_runtime.disk import allowed
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.explanations import explained
+from jhansi_runtime.names import Names
 from jhansi_runtime.room import Room, changing
 from jhansi_runtime.spec import Limits, Modules, RootfsChoice, Sandbox, from_builtins, from_json, instant, to_json
 from jhansi_runtime.workspace import Workspace, open_workspace
@@ -48,7 +50,8 @@ _LIKE_AN_ID = re.compile(r"(?:sb|run)_.*|[0-9a-f]{16}")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,63}")
 
 _LOCK = ".lock"
-_CREATING, _REMOVING = ".creating-", ".removing-"
+_UNFINISHED = ".unfinished"
+_CREATING, _REMOVING = "creating-", "removing-"
 _METADATA = "sandbox.json"
 _WORKSPACE = "workspace"
 _UNPACKING = ".unpacking-"  # beside it, while an archive is unpacked (tarball.py)
@@ -68,6 +71,7 @@ class Sandboxes:
     def __init__(self, root: str, *, owner: int | None = None) -> None:
         self.root = root
         self.owner = owner
+        self._names = Names(root)
 
     def create(
         self,
@@ -111,7 +115,7 @@ class Sandboxes:
             self._let_owner_through(self.root)
             with self._opened_root() as root:
                 with _locked(root):
-                    self._check_free(name, owner)
+                    self._take_name(name, sandbox)
                     self._make(root, sandbox, durable=ephemeral is None)
                 with suppress(OSError):  # what cannot be cleared away is for `sweep` to tell
                     _sweep(root)
@@ -121,23 +125,18 @@ class Sandboxes:
         """The sandbox of that id, of that name, or of the only id that begins so (with or without `sb_`).
 
         With an owner, those of others are not there. NotFoundError; InvalidRequestError for a name or the beginning of
-        an id that several have; JhansiError when its metadata is damaged. A full id costs one open, however many
-        sandboxes there are.
+        an id that several have; JhansiError when its metadata is damaged. A full id and a name cost the same, however
+        many sandboxes there are.
         """
         if _ID.fullmatch(reference):
             sandbox = self._read(reference)
             if owner is not None and sandbox.owner != owner:
                 raise _not_found(reference)
             return sandbox
-        prefix = _ID_PREFIX.fullmatch(reference)
-        named, begun = [], []
-        for sandbox in self._readable():
-            if owner is not None and sandbox.owner != owner:
-                continue
-            if sandbox.name == reference:
-                named.append(sandbox)
-            elif prefix and sandbox.id.startswith(f"sb_{prefix[1]}"):
-                begun.append(sandbox)
+        named, begun = self._named(reference, owner), []
+        if not named and (prefix := _ID_PREFIX.fullmatch(reference)):
+            ids = [sandbox_id for sandbox_id in self._ids() if sandbox_id.startswith(f"sb_{prefix[1]}")]
+            begun = [sandbox for sandbox in self._readable(ids) if owner is None or sandbox.owner == owner]
         found = sorted(named or begun, key=lambda sandbox: sandbox.id)
         if not found:
             raise _not_found(reference)
@@ -152,7 +151,7 @@ class Sandboxes:
 
     def list(self, *, owner: str | None = None) -> _Listing:
         """Every sandbox, or that of one owner, oldest first, except one-shot ones and those that `damaged` tells of."""
-        visible = (sandbox for sandbox in self._readable() if owner is None or sandbox.owner == owner)
+        visible = (sandbox for sandbox in self._readable(self._ids()) if owner is None or sandbox.owner == owner)
         return sorted(visible, key=lambda sandbox: (sandbox.created_at, sandbox.id))
 
     def damaged(self) -> Iterator[JhansiError]:
@@ -232,29 +231,40 @@ class Sandboxes:
         sandbox_id = self.find(reference).id
         with explained(self.root), self._opened_root() as root, _locked(root):
             before = self._read(sandbox_id)
-            if isinstance(name, str) and name != before.name:
-                self._check_free(name, before.owner)
             after = replace(before, **changes)
+            if after.name != before.name:
+                self._take_name(after.name, before)
             with self._locked_folder(sandbox_id, fcntl.LOCK_SH) as folder:
                 _write(folder, after, durable=True)
+            if before.name is not None and after.name != before.name:
+                self._names.drop(before.name, sandbox_id)
         return after
 
     def remove(self, reference: str) -> Sandbox:
         """Remove a sandbox and all that is in its workspace. ConflictError while an exec is under way in it."""
         sandbox = self.find(reference)
         self._remove(sandbox.id)
+        if sandbox.name is not None:
+            with explained(self.root), self._opened_root() as root, _locked(root):
+                self._names.drop(sandbox.name, sandbox.id)
         return sandbox
 
-    def discard(self, sandbox_id: str) -> None:
-        """Remove what there is of that id, whole or not; nothing when there is none. For what a killed process left."""
-        with suppress(NotFoundError):
-            self._remove(sandbox_id)
-        self.sweep()
+    def discard(self, run_id: str) -> None:
+        """Remove what there is of a one-shot sandbox, whole or not; nothing when there is none.
 
-    def sweep(self) -> None:
-        """Clear away what killed processes left half made or half removed."""
+        For what a killed process left.
+        """
+        with suppress(NotFoundError):
+            self._remove(run_id)
         with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
             _sweep(root)
+
+    def sweep(self) -> None:
+        """Clear away what killed processes left half made or half removed, and see that everybody's name is known."""
+        with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
+            _sweep(root)
+            with _locked(root):
+                self._mend_names()
 
     def unfinished(self) -> _Ids:
         """The ids of those in which something is being unpacked, or was when somebody was killed."""
@@ -270,10 +280,27 @@ class Sandboxes:
         with suppress(FileNotFoundError), os.scandir(self.root) as entries:
             yield from (entry.name for entry in entries if _LISTED_ID.fullmatch(entry.name))
 
-    def _readable(self) -> Iterator[Sandbox]:
-        for sandbox_id in self._ids():
+    def _readable(self, ids: Iterable[str]) -> Iterator[Sandbox]:
+        for sandbox_id in ids:
             with suppress(JhansiError):  # `damaged` tells of them
                 yield self._read(sandbox_id)
+
+    def _named(self, name: str, owner: str | None) -> _Listing:
+        """Those of that name; with an owner, of its."""
+        if not _NAME.fullmatch(name):
+            return []
+        if not self._names.are_kept():
+            with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root, _locked(root):
+                self._mend_names()
+        return [
+            sandbox
+            for sandbox in self._readable(self._names.ids(name))
+            if sandbox.name == name and (owner is None or sandbox.owner == owner)
+        ]
+
+    def _mend_names(self) -> None:
+        """The lock is held."""
+        self._names.mend((one.name, one.id) for one in self._readable(self._ids()) if one.name is not None)
 
     def _read(self, sandbox_id: str) -> Sandbox:
         path = f"{self.root}/{sandbox_id}/{_METADATA}"
@@ -290,9 +317,15 @@ class Sandboxes:
             raise _damaged(sandbox_id, f"{path} is that of {sandbox.id!r}")
         return sandbox
 
-    def _check_free(self, name: str | None, owner: str | None) -> None:
-        if name is not None and any((one.name, one.owner) == (name, owner) for one in self._readable()):
+    def _take_name(self, name: str | None, sandbox: Sandbox) -> None:
+        """Have a name for a sandbox, whose owner may have no other of that name. The lock is held."""
+        if name is None:
+            return
+        if not self._names.are_kept():
+            self._mend_names()
+        if any(one.owner == sandbox.owner for one in self._readable(self._names.ids(name)) if one.name == name):
             raise ConflictError(f"there is a sandbox named {name!r} already", remedy="take another name, or remove it")
+        self._names.add(name, sandbox.id)
 
     @contextmanager
     def _opened_root(self) -> Iterator[int]:
@@ -330,25 +363,27 @@ class Sandboxes:
 
     def _make(self, root: int, sandbox: Sandbox, *, durable: bool) -> None:
         creating = _CREATING + sandbox.id
-        try:
-            os.mkdir(creating, 0o700, dir_fd=root)
-            with beneath.closing(os.open(creating, _DIRECTORY, dir_fd=root)) as folder:
-                self._let_owner_through(folder)
-                os.close(beneath.make_directory(folder, _WORKSPACE, self.owner))
-                _write(folder, sandbox, durable=durable)
-            os.rename(creating, sandbox.id, src_dir_fd=root, dst_dir_fd=root)
-        finally:
-            with suppress(FileNotFoundError):
-                beneath.remove(root, creating)
+        with _unfinished(root) as unfinished:
+            try:
+                os.mkdir(creating, 0o700, dir_fd=unfinished)
+                with beneath.closing(os.open(creating, _DIRECTORY, dir_fd=unfinished)) as folder:
+                    self._let_owner_through(folder)
+                    os.close(beneath.make_directory(folder, _WORKSPACE, self.owner))
+                    _write(folder, sandbox, durable=durable)
+                os.rename(creating, sandbox.id, src_dir_fd=unfinished, dst_dir_fd=root)
+            finally:
+                with suppress(FileNotFoundError):
+                    beneath.remove(unfinished, creating)
 
     def _remove(self, sandbox_id: str) -> None:
         with (
             self._locked_folder(sandbox_id, fcntl.LOCK_EX),
             explained(sandbox_id),
             self._opened_root() as root,
+            _unfinished(root) as unfinished,
         ):
-            os.rename(sandbox_id, _REMOVING + sandbox_id, src_dir_fd=root, dst_dir_fd=root)
-            beneath.remove(root, _REMOVING + sandbox_id)
+            os.rename(sandbox_id, _REMOVING + sandbox_id, src_dir_fd=root, dst_dir_fd=unfinished)
+            beneath.remove(unfinished, _REMOVING + sandbox_id)
 
 
 # --- the folder on disk -----------------------------------------------------------------------------------
@@ -361,6 +396,14 @@ def _locked(root: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _unfinished(root: int) -> Iterator[int]:
+    with suppress(FileExistsError):
+        os.mkdir(_UNFINISHED, 0o700, dir_fd=root)
+    with beneath.closing(os.open(_UNFINISHED, _DIRECTORY, dir_fd=root)) as folder:
+        yield folder
+
+
 def _write(folder: int, sandbox: Sandbox, *, durable: bool) -> None:
     with beneath.replacing(folder, _METADATA, None, 0o600) as fd:
         beneath.write_all(fd, to_json(sandbox, indent=2).encode("ascii"))
@@ -370,16 +413,21 @@ def _write(folder: int, sandbox: Sandbox, *, durable: bool) -> None:
 
 def _sweep(root: int) -> None:
     """Clear away what is half made or half removed and has no living maker or remover."""
-    with _locked(root):  # under this lock everything is made, so what is half made now stays so
-        for name in _dot_names(root, _CREATING):
-            os.rename(name, _REMOVING + name.removeprefix(_CREATING), src_dir_fd=root, dst_dir_fd=root)
-    for name in _dot_names(root, _REMOVING):
-        with (
-            suppress(FileNotFoundError, BlockingIOError),  # its remover was done meanwhile, or is still at it
-            beneath.closing(os.open(name, _DIRECTORY, dir_fd=root)) as folder,
-        ):
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            beneath.remove(root, name)
+    with _unfinished(root) as folder:
+        with _locked(root):  # under this lock everything is made, so what is half made now stays so
+            for name in os.listdir(folder):
+                if name.startswith(_CREATING):
+                    removing = _REMOVING + name.removeprefix(_CREATING)
+                    os.rename(name, removing, src_dir_fd=folder, dst_dir_fd=folder)
+        for name in os.listdir(folder):
+            if not name.startswith(_REMOVING):
+                continue
+            with (
+                suppress(FileNotFoundError, BlockingIOError),  # its remover was done meanwhile, or is still at it
+                beneath.closing(os.open(name, _DIRECTORY, dir_fd=folder)) as half,
+            ):
+                fcntl.flock(half, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                beneath.remove(folder, name)
 
 
 def _names(folder: str) -> list[str]:
@@ -387,11 +435,6 @@ def _names(folder: str) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:  # removed meanwhile
         return []
-
-
-def _dot_names(root: int, prefix: str) -> list[str]:
-    with os.scandir(root) as entries:
-        return [entry.name for entry in entries if entry.name.startswith(prefix)]
 
 
 # --- what is valid ----------------------------------------------------------------------------------------

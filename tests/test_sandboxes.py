@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -28,8 +29,18 @@ def create(store, **settings):
 
 
 def left(store):
-    """What is in the root beside the lock."""
-    return sorted(name for name in os.listdir(store.root) if name != ".lock")
+    """The sandboxes in the root, and what is there unfinished."""
+    return sorted(set(os.listdir(store.root)) - {".lock", ".names", ".unfinished"}) + sorted(
+        os.listdir(f"{store.root}/.unfinished")
+    )
+
+
+def names(store):
+    """What the index of names says."""
+    folder = f"{store.root}/.names"
+    return sorted(
+        f"{name}/{sandbox_id}" for name in os.listdir(folder) for sandbox_id in os.listdir(f"{folder}/{name}")
+    )
 
 
 def python(program, *arguments, **options):
@@ -168,6 +179,60 @@ def test_of_eight_processes_that_want_one_name_one_gets_it(store):
 
     assert sorted(process.exitcode for process in processes) == [0] + [3] * 7
     assert [sandbox.name for sandbox in store.list()] == ["wanted"]
+
+
+@pytest.mark.parametrize("verb", ["find", "create", "change"])
+def test_a_name_is_known_where_no_index_of_names_was_kept(store, verb):
+    made, other = create(store, name="mine"), create(store)
+    shutil.rmtree(f"{store.root}/.names")
+
+    if verb == "find":
+        assert store.find("mine") == made
+        return
+    with pytest.raises(ConflictError):
+        create(store, name="mine") if verb == "create" else store.change(other.id, name="mine")
+
+
+def test_a_name_that_an_index_does_not_know_is_known_after_a_sweep(store):
+    made = create(store, name="before")
+    path = f"{store.root}/{made.id}/sandbox.json"
+    with open(path, encoding="ascii") as file:
+        edited = file.read().replace("before", "after")
+    with open(path, "w", encoding="ascii") as file:
+        file.write(edited)
+
+    with pytest.raises(NotFoundError):
+        store.find("before")
+    store.sweep()
+    assert store.find("after").id == made.id
+    assert names(store) == [f"after/{made.id}"]
+
+
+def test_names_that_nobody_has_any_more_are_free_and_leave_nothing(store):
+    made = create(store, name="one")
+    store.change(made.id, name="two")
+    create(store, name="one", owner="somebody")
+    create(store, name="one", owner="another")
+    store.remove(store.find("one", owner="another").id)
+    store.change(made.id, name=None)
+    deleted = create(store, name="deleted")
+    shutil.rmtree(f"{store.root}/{deleted.id}")
+    create(store, name="deleted")
+
+    assert [sandbox.owner for sandbox in store.list()] == [None, "somebody", None]
+    assert store.find("one").owner == "somebody"
+    store.sweep()
+    assert names(store) == [f"{one.name}/{one.id}" for one in store.list()[:0:-1]]
+
+
+def test_a_name_is_found_taken_and_given_up_without_reading_the_root(store, monkeypatch):
+    made = create(store, name="mine")
+    monkeypatch.setattr(Sandboxes, "_ids", None)
+
+    assert store.find("mine") == made
+    store.change("mine", name="yours")
+    store.remove("yours")
+    create(store, name="mine")
 
 
 # --- changing and expiring ---
@@ -389,11 +454,13 @@ def test_a_create_that_is_killed_at_any_moment_leaves_all_or_nothing(store):
         outcomes.add(len(fresh))
         assert list(store.damaged()) == []
         for sandbox in fresh:
+            assert store.find("fresh") == sandbox
             with store.hold(sandbox.id) as workspace:
                 assert list(workspace.files()) == []
             store.remove(sandbox.id)
         store.sweep()
         assert left(store) == [other.id]
+        assert names(store) == []
         moment += 1
 
     assert outcomes == {0, 1}
@@ -424,7 +491,7 @@ def test_a_remove_that_is_killed_at_any_moment_leaves_all_or_nothing(store):
 
 def test_what_a_living_process_is_removing_is_left_to_it(store):
     made = create(store)
-    removing = f"{store.root}/.removing-{made.id}"
+    removing = f"{store.root}/.unfinished/removing-{made.id}"
     os.rename(f"{store.root}/{made.id}", removing)
     holder = python(
         "import fcntl, os, sys\n"
@@ -436,7 +503,7 @@ def test_what_a_living_process_is_removing_is_left_to_it(store):
     with holder:
         assert holder.stdout.readline() == "locked\n"
         store.sweep()
-        assert left(store) == [f".removing-{made.id}"]
+        assert left(store) == [f"removing-{made.id}"]
         holder.communicate("\n")
     store.sweep()
     assert left(store) == []

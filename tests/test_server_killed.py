@@ -151,7 +151,9 @@ def unexpected(server):
     """What no server has any use for that has just been started."""
     home = server.environment["JHANSI_HOME"]
     known = {
-        "workspaces": re.compile(r"\.lock|sb_[0-9a-f]{16}(/workspace(/.*)?|/sandbox\.json|/\.writing|/\.changing)?"),
+        "workspaces": re.compile(
+            r"\.lock|\.names|\.unfinished|sb_[0-9a-f]{16}(/workspace(/.*)?|/sandbox\.json|/\.writing|/\.changing)?"
+        ),
         "runs": re.compile("(?!)"),
         "detached": re.compile(r"run_[0-9a-f]+(/run\.json|/output|/result\.json|/\.result)?"),
     }

@@ -357,7 +357,8 @@ def test_everything_a_job_can_leave_goes_with_its_sandbox(tmp_path, outside):
 
     store.remove(made.id)
 
-    assert os.listdir(store.root) == [".lock"]
+    assert sorted(os.listdir(store.root)) == [".lock", ".unfinished"]
+    assert os.listdir(f"{store.root}/.unfinished") == []
 
 
 def test_a_listing_of_more_than_anyone_can_read_is_refused(workspace, folder):
