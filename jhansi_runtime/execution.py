@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -45,7 +45,8 @@ class Exec(NamedTuple):
     """One exec, with everything decided: what, where, in what, within what, for whom, under which id.
 
     found is the file of the workspace to run, None when the request names a program of the rootfs; landlock is the ABI,
-    0 for none; preload names what a zygote for it imports ahead, None where it is to have no zygote.
+    0 for none; preload names what a zygote for it imports ahead, "auto" is what the file imports, None where it is to
+    have no zygote.
     """
 
     run: Run
@@ -58,7 +59,7 @@ class Exec(NamedTuple):
     limits: Limits
     request: ExecRequest
     found: Program | None
-    preload: tuple[str, ...] | None
+    preload: Sequence[str] | None
 
 
 class _Program(NamedTuple):
@@ -153,8 +154,7 @@ def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygot
         return None
     if any(name.startswith(_OF_THE_START) for name in environment) or not _ENVIRONMENT.items() <= environment.items():
         return None
-    # An archive may hold modules of any name, and of those a program finds its own first.
-    preload = this.preload if program.file is not None and program.file.endswith(_SOURCES) else ()
+    preload = _preload(this)
     return Zygote(
         tree=this.rootfs.tree,
         binds=this.rootfs.binds,
@@ -165,6 +165,18 @@ def _zygote(this: Exec, program: _Program, environment: dict[str, str]) -> Zygot
         preload=preload,
         processors=min(math.ceil(this.limits.cpus), len(os.sched_getaffinity(0))) if preload else 0,
     )
+
+
+def _preload(this: Exec) -> tuple[str, ...]:
+    found = this.found
+    # An archive may hold modules of any name, and of those a program finds its own first.
+    if found is None or this.preload is None or not found.path.endswith(_SOURCES):
+        return ()
+    if this.preload == "auto":
+        from jhansi_runtime.imports import imported  # noqa: PLC0415 - only where that is wanted
+
+        return imported(found.head, this.place.files.fd, found.path)
+    return tuple(this.preload)
 
 
 def _order(this: Exec, program: _Program, environment: dict[str, str], slot: Slot) -> Order:

@@ -142,8 +142,9 @@ class Runtime:
         """Make a sandbox with an empty workspace. ttl is in seconds; limits are those that differ from the defaults.
 
         seccomp is the name of the profile that its execs run under. zygote: its Python may be a fork of an interpreter
-        that was started ahead, where there is a pool; preload names modules that this has imported, None for those of
-        the language. What the rootfs has not got of them is passed over, and pool_figures() tells.
+        that was started ahead, where there is a pool; preload names modules that this has imported, "auto" stands for
+        what the file of each exec imports beyond the standard library, None for what the language's settings say. What
+        the rootfs has not got of them is passed over, and pool_figures() tells.
 
         What was created with the same idempotency_key before, and is still there, is returned instead. BusyError when
         there are at_most already.
@@ -161,7 +162,7 @@ class Runtime:
             "rootfs": rootfs,
             "seccomp": self._profiles.open(seccomp).name,
             "zygote": zygote,
-            "preload": None if preload is None else [*preload],
+            "preload": preload if preload is None or isinstance(preload, str) else [*preload],
         }
         # The id follows from the key: who comes second, be it in another process, finds what the first has made.
         derived = None if idempotency_key is None else _derived_id(self._actor, idempotency_key)
@@ -516,15 +517,15 @@ class Runtime:
         )
         return perform(this, self._slots, self.audit, streams or Streams())
 
-    def _preload(self, language: str, rootfs: Rootfs, sandbox: Sandbox | None) -> tuple[str, ...] | None:
-        """Return what a zygote is to import ahead, None where there is to be none."""
+    def _preload(self, language: str, rootfs: Rootfs, sandbox: Sandbox | None) -> Sequence[str] | None:
+        """Return what a zygote is to import ahead, or "auto"; None where there is to be none."""
         zygotes, preload = self._pool_settings.zygotes, self._pool_settings.preload
         is_wanted = zygotes if isinstance(zygotes, bool) else zygotes.get(language, True)
         if not is_wanted or (sandbox is not None and not sandbox.zygote):
             return None
         if sandbox is not None and sandbox.preload is not None:
-            return tuple(sandbox.preload)
-        return tuple(preload.get(language, rootfs.recipe.preload))
+            return sandbox.preload
+        return preload.get(language, rootfs.recipe.preload)
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":

@@ -21,6 +21,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from typing import Literal
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
@@ -479,8 +480,10 @@ def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
     return dict(labels)
 
 
-def _checked_preload(preload: Sequence[str] | None) -> list[str] | None:
-    return None if preload is None else from_builtins([*preload], Modules, where="preload")
+def _checked_preload(preload: Sequence[str] | None) -> list[str] | Literal["auto"] | None:
+    if preload is None or preload == "auto":
+        return None if preload is None else "auto"
+    return from_builtins(preload if isinstance(preload, str) else [*preload], Modules, where="preload")
 
 
 def _expiry(ttl: float | None, now: float) -> str | None:

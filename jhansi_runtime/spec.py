@@ -103,11 +103,14 @@ ProfileName = Annotated[
 # Modules to be imported ahead: of the rootfs, by names that could be in a program; none that is a program, a test, or
 # a joke that starts a browser.
 _COMPONENT = "[A-Za-z_][A-Za-z0-9_]*"
-_MODULE = rf"\A(?!(?:.*[.])?(?:__|tests?(?:[.]|\Z)|antigravity\Z)){_COMPONENT}(?:[.]{_COMPONENT})*\Z"
+MODULE_PATTERN = rf"\A(?!(?:.*[.])?(?:__|tests?(?:[.]|\Z)|antigravity\Z)){_COMPONENT}(?:[.]{_COMPONENT})*\Z"
+LONGEST_MODULE = 100
+MOST_MODULES = 32
 Modules = Annotated[
-    list[Annotated[str, Meta(max_length=100, pattern=_MODULE)]],
-    Meta(max_length=32, description="names of modules that its execs find imported"),
+    list[Annotated[str, Meta(max_length=LONGEST_MODULE, pattern=MODULE_PATTERN)]],
+    Meta(max_length=MOST_MODULES, description="names of modules that its execs find imported"),
 ]
+Preload = Modules | Literal["auto"]  # auto: what the file of each exec imports (imports.py)
 Word = Annotated[int, Meta(ge=0)]  # of 64 bits, which is more than msgspec has bounds for
 Errno = Annotated[int, Meta(ge=1, le=4094)]  # libseccomp takes one less than the kernel has
 SystemCall = Annotated[str, Meta(pattern=r"\A[a-z0-9_]{1,64}\Z")]
@@ -141,8 +144,8 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Sandbox(Struct, frozen=True, kw_only=True):
     """A persistent workspace and its settings.
 
-    zygote: its execs may be forks of an interpreter that was started ahead, with the modules of preload imported; None:
-    those of its language.
+    zygote: its execs may be forks of an interpreter that was started ahead, with the modules of preload imported; auto:
+    what the file of each imports beyond the standard library; None: what its language's settings say.
     """
 
     id: str
@@ -156,13 +159,14 @@ class Sandbox(Struct, frozen=True, kw_only=True):
     expires_at: str | None = None
     owner: str | None = None
     zygote: bool = True
-    preload: list[str] | None = None
+    preload: list[str] | Literal["auto"] | None = None
 
 
 class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What POST /v1/sandboxes asks for. ttl is in seconds; limits are those that differ from the defaults.
 
-    zygote false gives each exec an interpreter of its own; preload null is what the language's are to import ahead.
+    zygote false gives each exec an interpreter of its own. preload is what is imported ahead: auto is what the file of
+    an exec imports beyond the standard library, null what the language's settings say.
     """
 
     language: str = "python"
@@ -173,7 +177,7 @@ class SandboxBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rootfs: RootfsChoice = "recipe"
     seccomp: ProfileName = "default"
     zygote: bool = True
-    preload: Modules | None = None
+    preload: Preload | None = None
 
 
 class SandboxPage(Struct, frozen=True, kw_only=True):
@@ -196,7 +200,7 @@ class SandboxChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     limits: dict[str, float | bool] | UnsetType = UNSET
     seccomp: ProfileName | UnsetType = UNSET
     zygote: bool | UnsetType = UNSET
-    preload: Modules | UnsetType | None = UNSET
+    preload: Preload | UnsetType | None = UNSET
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -418,14 +422,14 @@ class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     memory is what they and the zygotes may take together, as far as the pool can tell, which looks twice a minute.
     zygotes: interpreters are started ahead and forked for each exec, which then share what a process draws at its
     start: the layout of its memory, and the seed of str's hash; or that by language, true where one is not named.
-    preload names, by language, modules to import ahead.
+    preload names, by language, modules to import ahead; auto is what the file of each exec imports.
     """
 
     minimum: Annotated[int, Meta(ge=0, le=10_000, description="slots of each kind, at least")] = 0
     maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 0
     memory: Annotated[int, Meta(ge=MIB, le=64 * 1024 * GIB, description="bytes that what waits may take")] = GIB
     zygotes: bool | dict[str, bool] = True
-    preload: dict[str, Modules] = {}
+    preload: dict[str, Preload] = {}
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Opened", "Program", "Upload", "Workspace", "Written", "open_workspace"]
 
 _LARGE = 1024**2
+_HEAD = 64 * 1024
 LARGEST_PROGRAM = 1024**3  # bytes; it is hashed before every exec
 MOST_LISTED = 100_000
 MOST_COPIED = 1_000_000
@@ -48,12 +49,16 @@ _TICK = 0.002  # seconds
 
 
 class Program(NamedTuple):
-    """The file that an exec runs: its path in the workspace as it was given, what was in it, who may run it."""
+    """The file that an exec runs: its path in the workspace as it was given, what was in it, who may run it.
+
+    head is its first 64 KiB.
+    """
 
     path: str
     sha256: str
     executable: bool
     size: int
+    head: bytes
 
 
 class Written(NamedTuple):
@@ -149,9 +154,11 @@ class Workspace:
                 if status.st_size > LARGEST_PROGRAM:
                     raise NotExecutableError(f"{path!r} has {status.st_size} bytes, more than a program may have")
                 digest = sha256() if status.st_size < _LARGE else _fast_sha256()
+                head = b""
                 for chunk in beneath.chunks(content, status.st_size):
                     digest.update(chunk)
-        return Program(inside, digest.hexdigest(), bool(status.st_mode & 0o111), status.st_size)
+                    head = head or chunk[:_HEAD]
+        return Program(inside, digest.hexdigest(), bool(status.st_mode & 0o111), status.st_size, head)
 
     def files(self, directory: str = "", *, recursive: bool = False, limit: int = MOST_LISTED) -> Iterator[FileInfo]:
         """What is in a folder, in the order of names, each folder before what is in it; links are not followed.

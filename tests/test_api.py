@@ -126,6 +126,7 @@ def test_patch_changes_what_is_given_and_nothing_else(api, make):
     assert api.patch(path, json={"name": "after", "ttl": 60}).json()["name"] == "after"
     changed = api.patch(path, json={"zygote": False, "preload": ["json"]}).json()
     assert (changed["zygote"], changed["preload"], changed["name"]) == (False, ["json"], "after")
+    assert api.patch(path, json={"preload": "auto"}).json() == changed | {"preload": "auto"}
     assert api.patch(path, json={"preload": None}).json() == changed | {"preload": None}
     assert api.get("/v1/sandboxes/after").json()["expires_at"] is not None
     assert api.get("/v1/sandboxes/before").status_code == 404

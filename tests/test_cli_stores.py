@@ -59,6 +59,9 @@ def test_create_keeps_what_it_was_told(jhansi):
     shown = dict(line.split(maxsplit=1) for line in jhansi("show", created["id"]).stdout.splitlines())
     assert (shown["zygote"], shown["preload"]) == ("no", "json email.message")
     assert created["expires_at"] > created["created_at"]
+    learning = document(jhansi("create", "--rootfs", "host", "--json", "--preload", "auto"))
+    assert learning["preload"] == "auto"
+    assert ["preload", "auto"] in [line.split() for line in jhansi("show", learning["id"]).stdout.splitlines()]
 
 
 def test_ls_lists_all_or_those_with_a_label(jhansi, box):

@@ -43,6 +43,7 @@ OURS = {
     "jhansi_runtime.isolation.spawn",
     "jhansi_runtime.isolation.steps",
     "jhansi_runtime.isolation.syscalls",
+    "jhansi_runtime.names",
     "jhansi_runtime.paths",
     "jhansi_runtime.places",
     "jhansi_runtime.profiles",

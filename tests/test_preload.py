@@ -1,14 +1,16 @@
 """What is imported ahead, and who has nothing started ahead: by sandbox, by language; and whose module comes first."""
 
+import os
 import time
 
 import pytest
 
-from jhansi_runtime import ExecRequest, Paths, Runtime
+from jhansi_runtime import ExecRequest, Paths, Runtime, imports
 from jhansi_runtime.engine import LauncherProcess
 from jhansi_runtime.engine import pool as pools
 from jhansi_runtime.engine.pool import Pool, Sizes
 from jhansi_runtime.errors import InvalidRequestError
+from jhansi_runtime.imports import imported
 from jhansi_runtime.spec import SandboxChange
 
 WITHIN_SECONDS = 60
@@ -191,3 +193,58 @@ def test_a_sandbox_of_before_there_was_a_choice_is_as_by_default(pooled):
         file.write("".join(lines).replace(",\n}", "\n}"))
 
     assert (runtime.sandbox(box).zygote, runtime.sandbox(box).preload) == (True, None)
+
+
+# --- auto ---
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import numpy", ("numpy",)),
+        ("import numpy as np, pandas.core as core ,scipy # x\r\n", ("numpy", "pandas.core", "scipy")),
+        ("from pandas.core import (\n  frame)\nfrom numpy import*", ("numpy", "pandas.core")),
+        ("x = 1; import numpy;import pandas\nimport\tscipy", ("numpy", "pandas", "scipy")),
+        ("import os, json.decoder, _thread\nfrom asyncio import run", ()),
+        ("if True:\n  import numpy\n# import pandas\nimportnumpy\nfromx import y", ()),
+        ("from . import numpy\nfrom .pandas import x\nfrom numpy", ()),
+        ("import numpy..core, .x, numpy., 3d, __main__, numpy.tests, antigravity", ()),
+        ("import beside, module, beside.deeper\nfrom module.x import y\nimport numpy", ("numpy",)),
+        ("import " + "n" * 100 + "," + "n" * 101, ("n" * 100,)),
+        (
+            "import " + ", ".join(f"n{number:02}" for number in range(40)),
+            tuple(f"n{number:02}" for number in range(32)),
+        ),
+        ("import num\u00e9ro, \udcff", ()),
+        ("\0\0import numpy\0", ()),
+        ("import numpy, \\\n  pandas", ("numpy",)),
+        ("", ()),
+    ],
+)
+@pytest.mark.parametrize("path", ["main.py", "deep/main.py"])
+def test_what_a_file_imports_is_read_off_its_lines(tmp_path, path, source, names):
+    program = tmp_path / path
+    program.parent.mkdir(exist_ok=True)
+    (program.parent / "beside").mkdir()
+    (program.parent / "module.py").write_text("")
+    folder = os.open(tmp_path, os.O_PATH)
+    try:
+        assert imported(source.encode(errors="surrogateescape"), folder, path) == names
+    finally:
+        os.close(folder)
+
+
+@pytest.mark.parametrize("by", ["sandbox", "language"])
+def test_what_the_file_imports_is_imported_ahead_where_that_is_wanted(pooled, monkeypatch, by):
+    monkeypatch.setattr(imports.sys, "stdlib_module_names", {"sys", "sched"})  # not everybody has others
+    runtime = pooled('preload.python = "auto"' if by == "language" else "")
+    files = {
+        "main.py": f"{TOLD}\nimport colorsys, sched, own\nfrom wave import open",
+        "other.py": f"{TOLD}\nfrom colorsys import rgb_to_hls",
+        "own.py": "",
+    }
+    box = pooled.box(runtime, files, preload="auto" if by == "sandbox" else None)
+
+    assert by_a_zygote(runtime, box) == "colorsys wave\n"
+    assert by_a_zygote(runtime, box, "other.py") == "colorsys\n"
+    assert runtime.pool_figures().skipped == ()

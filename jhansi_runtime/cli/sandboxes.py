@@ -40,7 +40,10 @@ __all__ = ["COMMANDS"]
     "--no-zygote", is_flag=True, help="Start an interpreter for each exec, also where a server has some that wait."
 )
 @click.option(
-    "--preload", multiple=True, metavar="MODULE", help="Have this imported in those that wait. May be repeated."
+    "--preload",
+    multiple=True,
+    metavar="MODULE",
+    help="Have this imported in those that wait, or `auto`: what each file imports. May be repeated.",
 )
 @limit_options
 @AS_JSON
@@ -68,7 +71,7 @@ def create_command(
             rootfs=rootfs or "recipe",
             seccomp=profile_name(runtime, seccomp) or "default",
             zygote=not no_zygote,
-            preload=preload or None,
+            preload="auto" if preload == ("auto",) else preload or None,
         )
     if as_json:
         print_json(sandbox)
@@ -109,7 +112,7 @@ def show_command(sandbox: str, as_json: bool) -> None:
         "rootfs": record.rootfs,
         "seccomp": record.seccomp,
         "zygote": "yes" if record.zygote else "no",
-        "preload": "-" if record.preload is None else " ".join(record.preload),
+        "preload": _preload(record),
         "created": record.created_at,
         "expires": record.expires_at or "-",
         "labels": _labels(record),
@@ -168,6 +171,12 @@ def _row(sandbox: "Sandbox") -> tuple[str, ...]:
         sandbox.expires_at or "-",
         _labels(sandbox),
     )
+
+
+def _preload(record: "Sandbox") -> str:
+    if record.preload is None or record.preload == "auto":
+        return record.preload or "-"
+    return " ".join(record.preload)
 
 
 def _labels(sandbox: "Sandbox") -> str:

@@ -65,7 +65,7 @@ class SandboxOptions(TypedDict, total=False):
     rootfs: RootfsChoice
     seccomp: str
     zygote: bool
-    preload: list[str] | None
+    preload: list[str] | Literal["auto"] | None
     idempotency_key: str
 
 
@@ -78,7 +78,7 @@ class Changes(TypedDict, total=False):
     limits: dict[str, float | bool]
     seccomp: str
     zygote: bool
-    preload: list[str] | None
+    preload: list[str] | Literal["auto"] | None
 
 
 class JobOptions(TypedDict, total=False):
