@@ -5,17 +5,16 @@ The command line, the Python API and (later) HTTP decode a request, call one met
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from msgspec import UNSET, structs
 
-from jhansi_runtime import remedies
+from jhansi_runtime import pooling, remedies
 from jhansi_runtime.audit import AuditLog
 from jhansi_runtime.digest import sha256
-from jhansi_runtime.engine import Cold, Figures, InProcess, Launcher, LauncherProcess, Slots, Streams
+from jhansi_runtime.engine import Cold, Figures, InProcess, Launcher, Slots, Streams
 from jhansi_runtime.errors import (
     BusyError,
     ConflictError,
@@ -31,16 +30,16 @@ from jhansi_runtime.paths import Paths, required, shipped
 from jhansi_runtime.places import Place, folder_place, inside, refuse_own_files, require_file
 from jhansi_runtime.profiles import DEFAULT, Profile, ProfileStore
 from jhansi_runtime.rootfs import Rootfs, RootfsProblem, RootfsStore
-from jhansi_runtime.runs import LostRun, Run, Runs, new_run_id
+from jhansi_runtime.runs import Run, Runs, new_run_id
 from jhansi_runtime.sandboxes import Sandboxes
 from jhansi_runtime.settings import load
+from jhansi_runtime.settling import settle_lost_runs
 from jhansi_runtime.spec import (
     ExecRequest,
     ExecResult,
     FileInfo,
     Language,
     Limits,
-    PoolSettings,
     RootfsChoice,
     RootfsInfo,
     Sandbox,
@@ -57,7 +56,6 @@ __all__ = ["Runtime"]
 
 _PATHS_IN_A_RECORD = 100
 _PROBE_SECONDS = 10.0
-_SETTLED_AT_ONCE = 100  # lost runs: each is a descriptor, and each time the whole log is read
 _ROOM_AFTER_SECONDS = 60.0  # nobody knows how soon somebody removes one
 
 
@@ -94,9 +92,9 @@ class Runtime:
         self._landlock = usable_abi()
         self._runs = Runs(self.paths.runs)
         self._pool_settings = settings.pool
-        self._slots = slots or (_pool(settings.pool) if launcher is None else Cold(launcher))
+        self._slots = slots or (pooling.slots(settings.pool) if launcher is None else Cold(launcher))
         self._required = required()
-        self._settle_lost_runs()
+        settle_lost_runs(self._runs, self.audit, self._sandboxes, self._actor)
 
     def __enter__(self) -> Self:
         return self
@@ -513,19 +511,9 @@ class Runtime:
             limits=limits,
             request=request,
             found=found,
-            preload=self._preload(language, rootfs, sandbox),
+            preload=pooling.modules_ahead(self._pool_settings, rootfs, sandbox),
         )
         return perform(this, self._slots, self.audit, streams or Streams())
-
-    def _preload(self, language: str, rootfs: Rootfs, sandbox: Sandbox | None) -> Sequence[str] | None:
-        """Return what a zygote is to import ahead, or "auto"; None where there is to be none."""
-        zygotes, preload = self._pool_settings.zygotes, self._pool_settings.preload
-        is_wanted = zygotes if isinstance(zygotes, bool) else zygotes.get(language, True)
-        if not is_wanted or (sandbox is not None and not sandbox.zygote):
-            return None
-        if sandbox is not None and sandbox.preload is not None:
-            return sandbox.preload
-        return preload.get(language, rootfs.recipe.preload)
 
     def _open_rootfs(self, language: str, choice: RootfsChoice) -> Rootfs:
         if choice == "host":
@@ -556,31 +544,6 @@ class Runtime:
         finally:
             self._sandboxes.remove(run_id)
 
-    def _settle_lost_runs(self) -> None:
-        """End what a killed process could not end itself: write its exec.end, remove its one-shot workspace."""
-        lost_runs = self._runs.lost()
-        while batch := list(islice(lost_runs, _SETTLED_AT_ONCE)):
-            with ExitStack() as stack:
-                for lost in batch:
-                    stack.callback(lost.release)
-                self._settle(batch)
-
-    def _settle(self, lost_runs: list[LostRun]) -> None:
-        unended = self.audit.unended(lost.run_id for lost in lost_runs)
-        for lost in lost_runs:
-            if lost.run_id in unended:
-                self.audit.append(
-                    "exec.end",
-                    actor=self._actor,
-                    sandbox_id=lost.note.get("sandbox_id"),
-                    run_id=lost.run_id,
-                    status="lost",
-                    message="the process that ran it was killed",
-                )
-            if "ephemeral" in lost.note:
-                self._sandboxes.discard(lost.note["ephemeral"])
-            lost.settle()
-
     def _made_before(self, sandbox_id: str, wanted: Mapping[str, Any]) -> Sandbox | None:
         """The sandbox of an idempotency key. InvalidRequestError when the key has stood for another one."""
         try:
@@ -604,14 +567,6 @@ class Runtime:
             bytes=sum(file.size for file in files if file.type == "file"),
             paths=[file.path for file in files[:_PATHS_IN_A_RECORD]],
         )
-
-
-def _pool(settings: PoolSettings) -> Slots:
-    if settings.maximum == 0:
-        return Cold(LauncherProcess())
-    from jhansi_runtime.engine.pool import Pool, Sizes  # noqa: PLC0415 - not for a command that runs once
-
-    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum, memory=settings.memory))
 
 
 def _derived_id(actor: str, idempotency_key: str) -> str:

@@ -1,0 +1,29 @@
+"""What the settings say of the containers that wait for execs."""
+
+from collections.abc import Sequence
+
+from jhansi_runtime.engine import Cold, LauncherProcess, Slots
+from jhansi_runtime.rootfs import Rootfs
+from jhansi_runtime.spec import PoolSettings, Sandbox
+
+__all__ = ["modules_ahead", "slots"]
+
+
+def slots(settings: PoolSettings) -> Slots:
+    """Return where execs get their containers from: a pool, or a launcher that builds each when it is wanted."""
+    if settings.maximum == 0:
+        return Cold(LauncherProcess())
+    from jhansi_runtime.engine.pool import Pool, Sizes  # noqa: PLC0415 - not for a command that runs once
+
+    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum, memory=settings.memory))
+
+
+def modules_ahead(settings: PoolSettings, rootfs: Rootfs, sandbox: Sandbox | None) -> Sequence[str] | None:
+    """Return what a zygote is to import ahead of an exec, or "auto"; None where there is to be no zygote."""
+    zygotes = settings.zygotes
+    is_wanted = zygotes if isinstance(zygotes, bool) else zygotes.get(rootfs.language, True)
+    if not is_wanted or (sandbox is not None and not sandbox.zygote):
+        return None
+    if sandbox is not None and sandbox.preload is not None:
+        return sandbox.preload
+    return settings.preload.get(rootfs.language, rootfs.recipe.preload)
