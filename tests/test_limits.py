@@ -369,7 +369,7 @@ time.sleep(20)
 BRIEF = 'open("brief", "wb").write(bytes(3 << 20))'
 DISK = {
     "a sparse file of 1 TB": (SPARSE, "--file-size=1024G"),
-    "ten million empty files": (MANY, "--disk-files=20000"),
+    "ten million empty files": (MANY, "--disk-files=20000", "--timeout=5m", "--cpu-time=5m"),
     "a file of 1 GB": (REAL, "--file-size=2G", "--disk=200M"),
     "files that are removed and held open": (REMOVED, "--disk=100M"),
     "a program that is over before anyone looks": (BRIEF, "--disk=2M"),
