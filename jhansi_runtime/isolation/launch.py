@@ -134,6 +134,9 @@ def launch_zygote(zygote: Zygote, channel: Channel, branch: Branch | None = None
     try:
         with step("one thread"):
             _require_one_thread()
+        if branch is not None and zygote.host_id is not None:
+            with step("cgroup"):
+                cgroup.hand_over(branch, zygote.host_id)
         with step("channel"):
             ours, theirs = messages.pair()
         try:
