@@ -25,6 +25,7 @@ import test_processes
 import test_root_tree
 import test_sockets
 import test_terminals
+import test_zygote_slots
 from attempts import SECRET, Attempts, attempt, each, each_refusal, surroundings
 from removals import CAPABILITIES, IPC, NETWORK, NOT_DUMPABLE, without_attribute
 
@@ -65,6 +66,11 @@ def test_the_attack_succeeds_without_the_step(attempts, row):
 @each_refusal(REFUSALS)
 def test_the_attack_is_refused(attempts, refusal):
     attempts.assert_it_is_refused(refusal)
+
+
+def test_nothing_of_a_zygotes_is_within_reach(attempts):
+    host = attempts.host._replace(runtime=test_zygote_slots.InZygotes(attempts.host.runtime))
+    assert attempt(host, test_zygote_slots.REACH)["lines"] == ["nothing"]
 
 
 # --- the root tree, which is root's then ----------------------------------------------------------------------------
