@@ -7,7 +7,6 @@ one that is there too long names a sandbox that is gone or is called otherwise, 
 """
 
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 
 __all__ = ["Names"]
@@ -42,15 +41,21 @@ class Names:
         with suppress(OSError):  # others have it too
             os.rmdir(f"{self._folder}/{name}")
 
-    def mend(self, named: Iterable[tuple[str, str]]) -> None:
-        """Let the index say just that: (name, id) of every sandbox that has a name."""
+    def say(self, named: set[tuple[str, str]]) -> bool:
+        """Whether the index says just that: (name, id) of every sandbox that has a name. Takes no lock."""
+        return self._kept() == named
+
+    def mend(self, named: set[tuple[str, str]]) -> None:
+        """Let the index say just that."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        wanted = set(named)
-        kept = {(name, sandbox_id) for name in _listed(self._folder) for sandbox_id in self.ids(name)}
-        for name, sandbox_id in wanted - kept:
+        kept = self._kept()
+        for name, sandbox_id in named - kept:
             self.add(name, sandbox_id)
-        for name, sandbox_id in kept - wanted:
+        for name, sandbox_id in kept - named:
             self.drop(name, sandbox_id)
+
+    def _kept(self) -> set[tuple[str, str]]:
+        return {(name, sandbox_id) for name in _listed(self._folder) for sandbox_id in self.ids(name)}
 
 
 def _listed(folder: str) -> list[str]:

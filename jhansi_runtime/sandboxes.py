@@ -264,8 +264,9 @@ class Sandboxes:
         """Clear away what killed processes left half made or half removed, and see that everybody's name is known."""
         with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
             _sweep(root)
-            with _locked(root):
-                self._mend_names()
+            if not self._names.say(self._all_names()):  # looked at again under the lock: others may be at it
+                with _locked(root):
+                    self._names.mend(self._all_names())
 
     def unfinished(self) -> _Ids:
         """The ids of those in which something is being unpacked, or was when somebody was killed."""
@@ -292,16 +293,15 @@ class Sandboxes:
             return []
         if not self._names.are_kept():
             with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root, _locked(root):
-                self._mend_names()
+                self._names.mend(self._all_names())
         return [
             sandbox
             for sandbox in self._readable(self._names.ids(name))
             if sandbox.name == name and (owner is None or sandbox.owner == owner)
         ]
 
-    def _mend_names(self) -> None:
-        """The lock is held."""
-        self._names.mend((one.name, one.id) for one in self._readable(self._ids()) if one.name is not None)
+    def _all_names(self) -> set[tuple[str, str]]:
+        return {(one.name, one.id) for one in self._readable(self._ids()) if one.name is not None}
 
     def _read(self, sandbox_id: str) -> Sandbox:
         path = f"{self.root}/{sandbox_id}/{_METADATA}"
@@ -323,7 +323,7 @@ class Sandboxes:
         if name is None:
             return
         if not self._names.are_kept():
-            self._mend_names()
+            self._names.mend(self._all_names())
         if any(one.owner == sandbox.owner for one in self._readable(self._names.ids(name)) if one.name == name):
             raise ConflictError(f"there is a sandbox named {name!r} already", remedy="take another name, or remove it")
         self._names.add(name, sandbox.id)
