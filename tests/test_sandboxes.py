@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import stat
@@ -37,10 +38,7 @@ def left(store):
 
 def names(store):
     """What the index of names says."""
-    folder = f"{store.root}/.names"
-    return sorted(
-        f"{name}/{sandbox_id}" for name in os.listdir(folder) for sandbox_id in os.listdir(f"{folder}/{name}")
-    )
+    return sorted(f"{entry.parent.name}/{entry.name}" for entry in pathlib.Path(store.root, ".names").glob("*/*"))
 
 
 def python(program, *arguments, **options):
