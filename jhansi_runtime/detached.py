@@ -42,6 +42,7 @@ from jhansi_runtime.spec import ExecResult, RunInfo, from_json, instant, to_json
 __all__ = ["DetachedRuns", "Frame", "Journal", "Stream"]
 
 POLL_INTERVAL = 0.1  # seconds between two looks at a run that another process writes
+_END_WITHIN_SECONDS, _END_LOOK_SECONDS = 2.0, 0.01
 
 _RUN_ID = re.compile(r"run_[0-9a-f]{16,32}")
 _NEW, _GONE = ".new-", ".gone-"
@@ -232,16 +233,17 @@ class DetachedRuns:
             self._discard(run_id)
 
     def forget_sandbox(self, sandbox_id: str) -> None:
-        """Remove the runs of a sandbox that is deleted. ConflictError: one is under way, and the others are gone."""
-        under_way = None
+        """Remove the runs of a sandbox that is deleted.
+
+        One that is under way has nothing left to run in, and is waited for a little: its end may not be written yet.
+        One that goes on because its turn has not come is left to `sweep`.
+        """
+        deadline = time.monotonic() + _END_WITHIN_SECONDS
         for info in self.list(sandbox_id=sandbox_id):
-            try:
-                with suppress(NotFoundError):  # forgotten by somebody else meanwhile
-                    self.forget(info.run_id)
-            except ConflictError as error:
-                under_way = error
-        if under_way is not None:
-            raise under_way
+            with suppress(NotFoundError, ConflictError):  # forgotten by somebody else meanwhile; or under way
+                while not self.is_ended(info.run_id) and time.monotonic() < deadline:
+                    time.sleep(_END_LOOK_SECONDS)
+                self.forget(info.run_id)
 
     def sweep(self, older_than_seconds: float, keep_at_most: int) -> None:
         """Remove what ended longer ago, then the oldest of what has ended until only so many such are kept.

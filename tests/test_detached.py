@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import CHECKOUT
 
+from jhansi_runtime import detached
 from jhansi_runtime.detached import DetachedRuns
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.runs import new_run_id
@@ -530,17 +531,24 @@ def test_a_reader_keeps_what_is_forgotten_meanwhile(runs):
     assert len(first.data) + sum(len(frame.data) for frame in frames) == 300_000
 
 
-def test_a_sandboxs_runs_go_with_it(runs, journal):
+def test_a_sandboxs_runs_go_with_it_and_one_that_is_about_to_end_is_waited_for(runs, journal):
     other = ended_run(runs, sandbox_id="sb_2")
     ended_run(runs)
     lost_run(runs)
-    with pytest.raises(ConflictError):
-        runs.forget_sandbox("sb_1")
-    assert names(runs) == sorted([other, journal.info.run_id])
-    journal.end(result(journal.info.run_id))
+    ending = threading.Timer(0.3, journal.end, [result(journal.info.run_id)])
+    ending.start()
     runs.forget_sandbox("sb_1")
 
     assert names(runs) == [other]
+    ending.join()
+
+
+def test_a_sandboxs_run_that_waits_for_its_turn_is_left(runs, journal, monkeypatch):
+    monkeypatch.setattr(detached, "_END_WITHIN_SECONDS", 0.1)
+    ended_run(runs)
+    runs.forget_sandbox("sb_1")
+
+    assert names(runs) == [journal.info.run_id]
 
 
 def test_a_sweep_removes_what_is_old_and_then_the_oldest(runs, journal):
