@@ -105,7 +105,7 @@ while time.monotonic() < end:
         os.mkdir(path)
         os.rmdir(path)
 """
-WAIT = 20  # seconds, for what takes a fraction of one
+WAIT = 60  # seconds, for what takes a fraction of one
 
 
 class Server:

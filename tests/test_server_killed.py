@@ -27,7 +27,7 @@ from conftest import run
 KILLS = 20
 LONGEST_LOAD = 0.6  # seconds from the start of the load to the kill
 GRACE = 1  # seconds
-WAIT = 30  # seconds, for what takes a fraction of one
+WAIT = 60  # seconds, for what takes a fraction of one
 SIZE = 300_000  # bytes of a file: several pieces on its way
 IN_ARCHIVE = 10  # files
 

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-WAIT = 20  # seconds, for what takes a fraction of one
+WAIT = 60  # seconds, for what takes a fraction of one
 MIB = 1024 * 1024
 MISSING = "sb_0000000000000000"
 # Starts the server as `jhansi-run serve` does, but one that loses patience with a stalled client within a second.
