@@ -9,7 +9,7 @@ one that is there too long names a sandbox that is gone or is called otherwise, 
 import os
 from contextlib import suppress
 
-__all__ = ["Names"]
+__all__ = ["Names", "listed"]
 
 _FOLDER = ".names"
 
@@ -26,7 +26,7 @@ class Names:
 
     def ids(self, name: str) -> list[str]:
         """Return the ids of the sandboxes that may have that name, which is a valid one."""
-        return _listed(f"{self._folder}/{name}")
+        return listed(f"{self._folder}/{name}")
 
     def add(self, name: str, sandbox_id: str) -> None:
         """Note that a sandbox is about to have that name."""
@@ -41,8 +41,8 @@ class Names:
         with suppress(OSError):  # others have it too
             os.rmdir(f"{self._folder}/{name}")
 
-    def say(self, named: set[tuple[str, str]]) -> bool:
-        """Whether the index says just that: (name, id) of every sandbox that has a name. Takes no lock."""
+    def agree_with(self, named: set[tuple[str, str]]) -> bool:
+        """Whether the index says just that: (name, id) of every sandbox that has a name."""
         return self._kept() == named
 
     def mend(self, named: set[tuple[str, str]]) -> None:
@@ -55,10 +55,11 @@ class Names:
             self.drop(name, sandbox_id)
 
     def _kept(self) -> set[tuple[str, str]]:
-        return {(name, sandbox_id) for name in _listed(self._folder) for sandbox_id in self.ids(name)}
+        return {(name, sandbox_id) for name in listed(self._folder) for sandbox_id in self.ids(name)}
 
 
-def _listed(folder: str) -> list[str]:
+def listed(folder: str) -> list[str]:
+    """Return the names in a folder, which may have been removed."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:

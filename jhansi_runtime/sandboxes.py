@@ -30,7 +30,7 @@ from jhansi_runtime import beneath
 from jhansi_runtime.disk import allowed
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.explanations import explained
-from jhansi_runtime.names import Names
+from jhansi_runtime.names import Names, listed
 from jhansi_runtime.room import Room, changing
 from jhansi_runtime.spec import Limits, Modules, RootfsChoice, Sandbox, from_builtins, from_json, instant, to_json
 from jhansi_runtime.workspace import Workspace, open_workspace
@@ -264,7 +264,7 @@ class Sandboxes:
         """Clear away what killed processes left half made or half removed, and see that everybody's name is known."""
         with explained(self.root), suppress(FileNotFoundError), self._opened_root() as root:
             _sweep(root)
-            if not self._names.say(self._all_names()):  # looked at again under the lock: others may be at it
+            if not self._names.agree_with(self._all_names()):  # looked at again under the lock: others may be at it
                 with _locked(root):
                     self._names.mend(self._all_names())
 
@@ -273,7 +273,7 @@ class Sandboxes:
         return [
             sandbox_id
             for sandbox_id in self._ids()
-            if any(name.startswith(_UNPACKING) for name in _names(f"{self.root}/{sandbox_id}"))
+            if any(name.startswith(_UNPACKING) for name in listed(f"{self.root}/{sandbox_id}"))
         ]
 
     # --- within ---
@@ -431,13 +431,6 @@ def _sweep(root: int) -> None:
                 beneath.remove(folder, name)
 
 
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:  # removed meanwhile
-        return []
-
-
 # --- what is valid ----------------------------------------------------------------------------------------
 
 
@@ -481,8 +474,10 @@ def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _checked_preload(preload: Sequence[str] | None) -> list[str] | Literal["auto"] | None:
-    if preload is None or preload == "auto":
-        return None if preload is None else "auto"
+    if preload is None:
+        return None
+    if preload == "auto":
+        return "auto"
     return from_builtins(preload if isinstance(preload, str) else [*preload], Modules, where="preload")
 
 

@@ -9,9 +9,11 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
+from jhansi_runtime import beneath, sandboxes
 from jhansi_runtime.errors import ConflictError, InvalidRequestError, JhansiError, NotFoundError
 from jhansi_runtime.sandboxes import Sandboxes
 from jhansi_runtime.spec import Limits
@@ -213,6 +215,7 @@ def test_names_that_nobody_has_any_more_are_free_and_leave_nothing(store):
     create(store, name="one", owner="another")
     store.remove(store.find("one", owner="another").id)
     store.change(made.id, name=None)
+    assert [entry.partition("/")[0] for entry in names(store)] == ["one"]
     deleted = create(store, name="deleted")
     shutil.rmtree(f"{store.root}/{deleted.id}")
     create(store, name="deleted")
@@ -505,6 +508,23 @@ def test_what_a_living_process_is_removing_is_left_to_it(store):
         holder.communicate("\n")
     store.sweep()
     assert left(store) == []
+
+
+def test_a_sweep_leaves_what_another_has_begun_to_make_meanwhile(store, monkeypatch):
+    create(store)
+    genuine = sandboxes._locked
+
+    @contextmanager
+    def locked(root):
+        with genuine(root):
+            yield
+        os.mkdir(f"{store.root}/.unfinished/creating-sb_0123456789abcdef")
+
+    monkeypatch.setattr(sandboxes, "_locked", locked)
+    with beneath.closing(os.open(store.root, os.O_RDONLY)) as root:
+        sandboxes._sweep(root)
+
+    assert os.listdir(f"{store.root}/.unfinished") == ["creating-sb_0123456789abcdef"]
 
 
 def test_metadata_on_disk_is_one_json_document(store):

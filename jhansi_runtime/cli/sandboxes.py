@@ -174,9 +174,9 @@ def _row(sandbox: "Sandbox") -> tuple[str, ...]:
 
 
 def _preload(record: "Sandbox") -> str:
-    if record.preload is None or record.preload == "auto":
-        return record.preload or "-"
-    return " ".join(record.preload)
+    if record.preload is None:
+        return "-"
+    return record.preload if isinstance(record.preload, str) else " ".join(record.preload)
 
 
 def _labels(sandbox: "Sandbox") -> str:
