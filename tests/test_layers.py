@@ -42,7 +42,8 @@ TABLE = {
     "explanations": May("errors"),
     "workspace": May(f"{BASE} beneath explanations archive tarball room"),
     "tarball": May(f"{BASE} beneath archive"),
-    "sandboxes": May(f"{BASE} beneath explanations workspace disk room", "msgspec"),
+    "names": May(),
+    "sandboxes": May(f"{BASE} beneath explanations names workspace disk room", "msgspec"),
     "tree": May(BASE),
     # compression is the standard library's from Python 3.14 on.
     "archive": May(BASE, "zstandard compression"),
@@ -59,12 +60,15 @@ TABLE = {
     "keys": May("errors spec", "msgspec"),
     "doctor": May(f"{BASE} isolation engine profiles rootfs"),
     "settings": May("errors spec"),
-    # The verbs, and the one exec among them, are the only composers.
+    # The verbs, and what of them is in files of its own, are the only composers.
     "places": May(f"{BASE} workspace disk room"),
-    "execution": May(f"{BASE} isolation engine rootfs profiles places workspace disk audit runs", "msgspec"),
+    "imports": May(f"{BASE} beneath"),
+    "pooling": May(f"{BASE} engine rootfs"),
+    "settling": May("audit runs sandboxes"),
+    "execution": May(f"{BASE} isolation engine imports rootfs profiles places workspace disk audit runs", "msgspec"),
     "runtime": May(
-        f"{BASE} isolation.idmap isolation.landlock execution places engine rootfs profiles sandboxes workspace "
-        "archive audit runs settings",
+        f"{BASE} isolation.idmap isolation.landlock execution places pooling settling engine rootfs profiles sandboxes "
+        "workspace archive audit runs settings",
         "msgspec",
     ),
     "background": May(f"{BASE} engine detached runtime", "msgspec"),
