@@ -6,16 +6,22 @@ from jhansi_runtime.engine import Cold, LauncherProcess, Slots
 from jhansi_runtime.rootfs import Rootfs
 from jhansi_runtime.spec import PoolSettings, Sandbox
 
-__all__ = ["modules_ahead", "slots"]
+__all__ = ["FOR_A_SERVER", "modules_ahead", "slots"]
+
+FOR_A_SERVER = 8  # slots that wait, where the settings do not say how many
 
 
-def slots(settings: PoolSettings) -> Slots:
-    """Return where execs get their containers from: a pool, or a launcher that builds each when it is wanted."""
-    if settings.maximum == 0:
+def slots(settings: PoolSettings, *, unless_said: int = 0) -> Slots:
+    """Return where execs get their containers from: a pool, or a launcher that builds each when it is wanted.
+
+    unless_said is the pool's maximum where the settings name none; 0 is no pool.
+    """
+    maximum = unless_said if settings.maximum is None else settings.maximum
+    if maximum == 0:
         return Cold(LauncherProcess())
     from jhansi_runtime.engine.pool import Pool, Sizes  # noqa: PLC0415 - not for a command that runs once
 
-    return Pool(LauncherProcess(), Sizes(settings.minimum, settings.maximum, memory=settings.memory))
+    return Pool(LauncherProcess(), Sizes(settings.minimum, maximum, memory=settings.memory))
 
 
 def modules_ahead(settings: PoolSettings, rootfs: Rootfs, sandbox: Sandbox | None) -> Sequence[str] | None:

@@ -419,6 +419,7 @@ class AuditSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Slots that wait for execs: at most so many of all kinds, at least so many of each kind that was wanted twice.
 
+    Without a maximum there are slots for the execs of a server, and none elsewhere (pooling.py).
     memory is what they and the zygotes may take together, as far as the pool can tell, which looks twice a minute.
     zygotes: interpreters are started ahead and forked for each exec, which then share what a process draws at its
     start: the layout of its memory, and the seed of str's hash; or that by language, true where one is not named.
@@ -426,7 +427,7 @@ class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     minimum: Annotated[int, Meta(ge=0, le=10_000, description="slots of each kind, at least")] = 0
-    maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0 for no pool")] = 0
+    maximum: Annotated[int, Meta(ge=0, le=10_000, description="slots that wait, at most; 0: no pool")] | None = None
     memory: Annotated[int, Meta(ge=MIB, le=64 * 1024 * GIB, description="bytes that what waits may take")] = GIB
     zygotes: bool | dict[str, bool] = True
     preload: dict[str, Preload] = {}

@@ -446,10 +446,14 @@ def test_metrics_count_what_was_done(api, make):
     assert samples(api)[("jhansi_execs_running", ())] == 0
 
 
-def test_metrics_tell_of_a_pool(api, fresh_environment, tmp_path):
-    assert not [name for name, _ in samples(api) if name.startswith("jhansi_pool")]  # where there is none
-    settings = "[pool]\nmaximum = 2\n"
-    with serving(fresh_environment(), tmp_path / "server", settings=settings) as server, server.client() as pooled:
+def test_a_server_is_without_a_pool_where_its_settings_say_so(fresh_environment, tmp_path):
+    settings = "[pool]\nmaximum = 0\n"
+    with serving(fresh_environment(), tmp_path / "server", settings=settings) as server, server.client() as unpooled:
+        assert not [name for name, _ in samples(unpooled) if name.startswith("jhansi_pool")]
+
+
+def test_metrics_tell_of_the_pool(fresh_environment, tmp_path):
+    with serving(fresh_environment(), tmp_path / "server") as server, server.client() as pooled:
         path = pooled.post("/v1/sandboxes", json={"rootfs": "host"}).headers["location"]
         pooled.put(f"{path}/files/main.py", content="")
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
+from jhansi_runtime import pooling
 from jhansi_runtime.api import create_app
 from jhansi_runtime.keys import KeyStore
 from jhansi_runtime.logs import configure, log
@@ -46,14 +47,17 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
     gc.enable()  # the command line does without, and ends before that matters
     _allow_many_descriptors()
     paths = Paths.from_environment(environ)
-    settings = _settings(load(paths.config).server, options)
+    said = load(paths.config)
+    settings = _settings(said.server, options)
     supervisor = Supervisor.from_environment(environ)
     keys = KeyStore(paths.keys)
     has_keys = not keys.is_empty()
     with (
         _listeners(options, paths, environ, has_keys=has_keys) as listeners,
         attendant(_unix_path(listeners, paths)) as command_lines,
-        Runtime(paths, progress=_log_progress) as runtime,
+        Runtime(
+            paths, progress=_log_progress, slots=pooling.slots(said.pool, unless_said=pooling.FOR_A_SERVER)
+        ) as runtime,
     ):
         if command_lines is not None:
             runtime.lend(command_lines.door)
