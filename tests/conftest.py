@@ -45,13 +45,11 @@ ATTENDED = """
 import sys
 from jhansi_runtime.paths import Paths
 from jhansi_runtime.runtime import Runtime
-from jhansi_runtime.server.attending import attendant
+from jhansi_runtime.server.attending import attending
 paths = Paths.from_environment()
-with attendant(paths.socket) as command_lines, Runtime(paths) as runtime:
-    runtime.lend(command_lines.door)
+with Runtime(paths) as runtime, attending(paths.socket, runtime.lend):
     print("ready", flush=True)
     sys.stdin.read()
-    command_lines.end()
 """
 WAYS = ("alone", "served")  # the command line without a server, and with one that runs it
 

@@ -74,7 +74,7 @@ TABLE = {
     "background": May(f"{BASE} engine detached runtime", "msgspec"),
     "logs": May("spec"),
     # The process around the HTTP API, and the API: only what composes the two knows both.
-    "server.serve": May(f"{BASE} keys runtime settings api logs server", "msgspec"),
+    "server.serve": May(f"{BASE} keys pooling runtime settings api logs server", "msgspec"),
     "server": May("errors paths settings logs thin", "uvicorn uvloop"),
     "cli": May(f"{BASE} rendering runtime places engine isolation.spawn audit doctor keys server", "click msgspec"),
     "api": May(

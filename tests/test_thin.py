@@ -274,12 +274,41 @@ def test_a_server_that_is_told_to_end_ends_the_job_with_the_record_written(own, 
     assert not os.path.exists(environment["JHANSI_SOCKET"] + ".cli")
 
 
-def test_without_its_attendant_a_server_is_none_for_the_command_line(own):
+def test_an_attendant_that_is_killed_is_followed_by_the_next(own, start):
     server, environment = own
-    attendant_of(server).kill()
-    until(lambda: run(["ls"], environment).stderr.endswith("no server has run this\n"))
+    first = attendant_of(server)
+    job = Sleeping()
+    process = start(job.words, environment)
+    until(job.is_there)
+    first.kill()
+    assert process.wait(WITHIN) == 125
+    until(lambda: not job.is_there())
+    until(
+        lambda: "box" in run(["ls"], environment).stdout
+    )  # a client waits five seconds for it, an emulated one longer
+    assert run(["exec", "--command", "box", "true"], environment).returncode == 0
+    assert attendant_of(server).pid != first.pid
+
+
+def test_where_one_attendant_after_the_other_dies_a_server_is_none_for_the_command_line(own):
+    server, environment = own
+
+    def is_alone():
+        for child in psutil.Process(server.pid).children():
+            if "attendant" in " ".join(child.cmdline()):
+                child.kill()
+        return not can_connect(environment["JHANSI_SOCKET"] + ".cli")
+
+    until(is_alone)
     assert "box" in alone(["ls"], environment).stdout
     assert server.poll() is None
+    server.stdin.close()
+    assert server.wait(WITHIN) == 0
+
+
+def can_connect(path):
+    with socket.socket(socket.AF_UNIX) as caller:
+        return caller.connect_ex(path) == 0
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])

@@ -1,21 +1,31 @@
-"""Starts the attendant beside a server, and ends it: the process that runs command lines for thin clients."""
+"""Keeps an attendant beside a server: the process that runs command lines for thin clients.
+
+One that dies, whoever has killed it, is followed by the next, and what its workers ran ends with it. Meanwhile clients
+wait at the socket, which the server keeps open; if one attendant after the other dies at once it is closed, and command
+lines run by themselves from then on.
+"""
 
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jhansi_runtime import thin
 from jhansi_runtime.logs import log
 from jhansi_runtime.server.listening import private_socket
 
-__all__ = ["Attendant", "attendant"]
+__all__ = ["Attending", "attending"]
 
 BESIDE = os.fsdecode(thin.BESIDE)
 LONGEST = 107  # bytes of a socket's path: unix(7)
 ENDED_WITHIN = 15.0  # seconds; jobs have two of them
+RETRY = 0.5  # seconds until the second attendant after a death at once, twice as many until the third
+TRIES = 4
+LASTING = 10.0  # seconds; who lives as long has not died at once
 
 _PROGRAM = """import sys
 listener, door, *sys.path[:] = sys.argv[1:]
@@ -24,29 +34,73 @@ main(int(listener), int(door))
 """
 
 
-class Attendant:
-    """The process, and our end of the door through which it is lent slots."""
+class Attending:
+    """A thread that starts an attendant and waits for its end, again and again.
 
-    def __init__(self, process: "subprocess.Popen[bytes]", door: socket.socket) -> None:
-        self.door = door
-        self._process = process
+    The kernel kills an attendant when the thread that has started it ends. Its environment, by which it knows whose
+    clients are ours, is our own.
+    """
+
+    def __init__(self, listener: socket.socket, lend: Callable[[socket.socket], None]) -> None:
+        """Start. lend is called with our end of each attendant's door, which is the callee's from then on."""
+        self._listener = listener
+        self._lend = lend
+        self._mutex = threading.Lock()
+        self._is_ending = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._door: socket.socket | None = None
+        self._thread = threading.Thread(target=self._keep, name="jhansi-attending", daemon=True)
+        self._thread.start()
 
     def end(self) -> None:
-        """Have it end what it runs, and end; called again, do nothing."""
-        if self._process.poll() is None:
-            self.door.shutdown(socket.SHUT_RDWR)
-            try:
-                self._process.wait(ENDED_WITHIN)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        """Have the attendant end what it runs, and end; called again, do nothing."""
+        with self._mutex:
+            self._is_ending.set()
+            if self._door is not None:
+                self._door.shutdown(socket.SHUT_RDWR)
+        self._thread.join(ENDED_WITHIN)
+        if self._thread.is_alive() and self._process is not None:
+            self._process.kill()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        failures = 0
+        while failures < TRIES:
+            began = time.monotonic()
+            if not self._attend():
+                return
+            failures = 1 if time.monotonic() - began > LASTING else failures + 1
+            self._is_ending.wait(RETRY * 2 ** (failures - 1))
+        self._listener.close()  # where nobody attends, nobody is to wait
+        log("server.no_command_lines", attendants=failures)
+
+    def _attend(self) -> bool:
+        """Start one, and wait for its end; whether there is to be another."""
+        door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with door:
+            with self._mutex, theirs:
+                if self._is_ending.is_set():
+                    return False
+                try:
+                    self._process = _start(self._listener, theirs)
+                except OSError as error:
+                    log("server.attendant_missing", error=error)
+                    return True
+                self._door = door
+                self._lend(door.dup())
+            status = self._process.wait()
+            with self._mutex:
+                self._door = None
+            if self._is_ending.is_set():
+                return False
+        log("server.attendant_ended", status=status)
+        return True
 
 
 @contextmanager
-def attendant(path: str) -> Iterator[Attendant | None]:
-    """Within: an attendant of the server whose Unix socket has that path. Only before there are threads.
+def attending(path: str, lend: Callable[[socket.socket], None]) -> Iterator[Attending | None]:
+    """Within: an attendant of the server whose Unix socket has that path. Only before others here make files.
 
-    The kernel kills it when this thread ends; its environment, by which it knows whose clients are ours, is our own.
     None where that path is so long that there can be no socket beside it: then no command line looks for one.
     """
     if len(os.fsencode(path + BESIDE)) > LONGEST:
@@ -54,22 +108,21 @@ def attendant(path: str) -> Iterator[Attendant | None]:
         yield None
         return
     with private_socket(path + BESIDE) as listener:
-        door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with door:
-            # What was imported here was found here, but for the working directory: anyone may put something there.
-            places = [entry for entry in sys.path if os.path.isabs(entry)]
-            with theirs:
-                descriptors = (listener.fileno(), theirs.fileno())
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors), *places],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=descriptors,
-                    start_new_session=True,  # a terminal's ^C is for the server
-                )
-            listener.close()  # where nobody attends, nobody is to wait
-            found = Attendant(process, door)
-            try:
-                yield found
-            finally:
-                found.end()
+        found = Attending(listener, lend)
+        try:
+            yield found
+        finally:
+            found.end()
+
+
+def _start(listener: socket.socket, door: socket.socket) -> "subprocess.Popen[bytes]":
+    # What was imported here was found here, but for the working directory: anyone may put something there.
+    places = [entry for entry in sys.path if os.path.isabs(entry)]
+    descriptors = (listener.fileno(), door.fileno())
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors), *places],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,  # a terminal's ^C is for the server
+    )

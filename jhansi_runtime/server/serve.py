@@ -18,7 +18,7 @@ from jhansi_runtime.keys import KeyStore
 from jhansi_runtime.logs import configure, log
 from jhansi_runtime.paths import Paths
 from jhansi_runtime.runtime import Runtime
-from jhansi_runtime.server.attending import attendant
+from jhansi_runtime.server.attending import attending
 from jhansi_runtime.server.httpd import serve
 from jhansi_runtime.server.listening import Listener, Where, adopt, is_wildcard, listen, passed_descriptors
 from jhansi_runtime.server.supervision import Supervisor
@@ -54,13 +54,11 @@ def run(options: Options, environ: Mapping[str, str]) -> bool:
     has_keys = not keys.is_empty()
     with (
         _listeners(options, paths, environ, has_keys=has_keys) as listeners,
-        attendant(_unix_path(listeners, paths)) as command_lines,
         Runtime(
             paths, progress=_log_progress, slots=pooling.slots(said.pool, unless_said=pooling.FOR_A_SERVER)
         ) as runtime,
+        attending(_unix_path(listeners, paths), runtime.lend) as command_lines,
     ):
-        if command_lines is not None:
-            runtime.lend(command_lines.door)
         app = create_app(runtime, keys=keys, settings=settings)
         actor, kinds = f"uid:{os.getuid()}", sorted({listener.kind for listener in listeners})
         runtime.audit.append("server.start", actor=actor, addresses=kinds)
