@@ -186,6 +186,7 @@ def _container(scratch: str) -> Container:
         tmp_bytes=Limits().tmp,
         host_id=host_id,
         processors=processors,
+        built_on=(),
         landlock=usable_abi(),
         cgroup=None,
     )

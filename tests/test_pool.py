@@ -12,7 +12,7 @@ import pytest
 from conftest import environment_with
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
-from jhansi_runtime.engine import LauncherProcess, sources
+from jhansi_runtime.engine import LauncherProcess, Streams, sources
 from jhansi_runtime.engine import pool as pools
 from jhansi_runtime.engine.pool import Pool, Sizes
 from jhansi_runtime.engine.slot import Progress, Slot
@@ -22,6 +22,7 @@ from jhansi_runtime.errors import HostError
 
 WITHIN_SECONDS = 60
 PATIENCE = {"timeout": 300, "cpu_time": 300}
+TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="takes two CPUs")
 
 
 @pytest.fixture
@@ -153,8 +154,9 @@ def test_one_that_has_waited_too_long_is_replaced(pooled, box, monkeypatch):
 
 def test_a_kind_that_nobody_wants_any_more_is_let_go(pooled, box, monkeypatch):
     monkeypatch.setattr(pools, "_TURN_SECONDS", 0.05)
-    runtime = pooled(minimum=1, rest=0.5)
+    runtime = pooled(minimum=1)
     warmed(runtime, box)
+    runtime.pool._sizes = runtime.pool._sizes._replace(rest=0.5)  # not before: a zygote may take longer to be there
 
     eventually(lambda: runtime.pool.figures()[3:5] == (0, 0))
     assert runtime.exec(program(box)).stdout == "2 []\n"
@@ -370,6 +372,46 @@ def test_callers_at_once_each_have_their_own(pooled, box):
         caller.join()
 
     assert told == ["2 []\n"] * 12
+
+
+@TWO_CPUS
+def test_a_slot_is_built_where_no_job_runs_and_its_job_may_run_on_its_own_cpus(pooled, box):
+    runtime = pooled(minimum=2)
+    warmed(runtime, box)
+    eventually(lambda: len(waiting(runtime)) == 2)
+    runtime.write(box, "held.py", b"import os, sys; print(os.sched_getaffinity(0), flush=True); sys.stdin.read()")
+    before = {id(made) for made in waiting(runtime)}
+    reader, writer = os.pipe()
+    with open(reader) as held, open(writer, "w") as release, open(os.memfd_create("said"), "w+") as said:
+        streams = Streams(stdin=held.fileno(), stdout=said.fileno())
+        caller = threading.Thread(target=runtime.exec, args=(program(box, "held.py"),), kwargs={"streams": streams})
+        caller.start()
+        (built,) = eventually(lambda: [made for made in waiting(runtime) if id(made) not in before])
+        (busy,) = (number for number, jobs in runtime.pool._processors._running.items() if jobs)
+        where_built, where_it_waits = affinity(built.source.process.pidfd), affinity(built.slot._pidfd)
+        release.close()
+        caller.join()
+        said.seek(0)
+
+        assert said.read() == f"{{{busy}}}\n"
+    assert (where_built, where_it_waits) == (os.sched_getaffinity(0) - {busy}, os.sched_getaffinity(0))
+
+
+def affinity(pidfd):
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        return os.sched_getaffinity(next(int(line.split()[1]) for line in file if line.startswith("Pid:")))
+
+
+@TWO_CPUS
+def test_the_slot_of_an_idle_cpu_is_taken_first(pooled, box):
+    runtime = pooled(minimum=2)
+    warmed(runtime, box)
+    runtime.write(box, "where.py", b"import os; print(os.sched_getaffinity(0))")
+    for busy in sorted(os.sched_getaffinity(0))[:2]:
+        eventually(lambda: len({made.slot.container.processors for made in waiting(runtime)}) == 2)
+        runtime.pool._processors.begin((busy,))
+        assert str(busy) not in runtime.exec(program(box, "where.py")).stdout
+        runtime.pool._processors.end((busy,))
 
 
 def test_closed_it_leaves_nothing(runtime_environment, box):

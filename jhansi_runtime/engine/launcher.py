@@ -44,8 +44,8 @@ class Launcher(Protocol):
     def launch(self, container: Container, channel: Channel) -> Parent:
         """Begin a container whose init talks over `channel`; how it goes is told there. Return init's parent."""
 
-    def begin(self) -> None:
-        """Prepare for the next launch, if that is to be done ahead; this does not wait."""
+    def begin(self, busy: tuple[int, ...]) -> None:
+        """Prepare for the next launch, if that is to be done ahead, off the CPUs that are busy; this does not wait."""
 
     def close(self) -> None:
         """End the launcher, and every container of its; wait() returns when it has ended."""
@@ -68,7 +68,7 @@ class InProcess:
         launch(container, channel)
         return self
 
-    def begin(self) -> None:
+    def begin(self, busy: tuple[int, ...]) -> None:
         """See Launcher. Whoever is a launcher by the way does nothing ahead."""
 
     def reap(self, pid: int) -> Reaped:
@@ -110,10 +110,10 @@ class Connection:
         self._send(messages.ZYGOTE, messages.encode_zygote(zygote), (channel.fileno(),))
         return self
 
-    def begin(self) -> None:
+    def begin(self, busy: tuple[int, ...]) -> None:
         """See Launcher."""
         with suppress(BrokenPipeError):
-            self._send(messages.BEGIN)
+            self._send(messages.BEGIN, messages.encode_processors(busy))
 
     def reap(self, pid: int) -> Reaped:
         """See Parent. The kernel has reaped an init whose launcher is gone, and tells nobody what it used."""
@@ -217,11 +217,11 @@ class LauncherProcess:
         connection, number = self._connection, self._started
         return 0 if connection is None or connection.has_ended() else number
 
-    def begin(self) -> None:
+    def begin(self, busy: tuple[int, ...]) -> None:
         """See Launcher."""
         connection = self._connection
         if self._ahead and connection is not None:
-            connection.begin()
+            connection.begin(busy)
 
     def close(self) -> None:
         """See Launcher."""

@@ -152,7 +152,8 @@ class Slot:
         if kind == messages.READY:
             self._scratch, self.proc = descriptors
             if self._begins_next:
-                self._launcher.begin()  # now, while this host and init have nothing to do but wait for the job
+                # Now, while this host and init have nothing to do but wait for the job.
+                self._launcher.begin(self.container.processors)
             return Progress.READY
         if kind == messages.TERMINAL:
             return descriptors[0]

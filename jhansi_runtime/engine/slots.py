@@ -49,7 +49,7 @@ class Wanted(NamedTuple):
     limits: Limits
     zygote: Zygote | None
 
-    def container(self, processors: tuple[int, ...], *, in_cgroup: bool) -> Container:
+    def container(self, processors: tuple[int, ...], *, in_cgroup: bool, built_on: tuple[int, ...] = ()) -> Container:
         """Return the container to be built for it."""
         return Container(
             tree=self.tree,
@@ -58,6 +58,7 @@ class Wanted(NamedTuple):
             tmp_bytes=self.tmp_bytes,
             host_id=self.host_id,
             processors=processors,
+            built_on=built_on,
             landlock=self.landlock,
             cgroup=self.limits if in_cgroup else None,
         )
@@ -97,11 +98,13 @@ class Cold:
     def taken(self, wanted: Wanted) -> Iterator[Slot]:
         """See Slots."""
         processors = self._processors.take(wanted.cpus)
+        self._processors.begin(processors)
         try:
             container = wanted.container(processors, in_cgroup=self.delegation().base is not None)
             with Slot(container, self._launcher) as slot:
                 yield slot
         finally:
+            self._processors.end(processors)
             self._processors.give_back(processors)
 
     def figures(self) -> None:

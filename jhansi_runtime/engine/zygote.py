@@ -84,9 +84,9 @@ class ZygoteProcess:
         """Say whether it has died."""
         return self._connection.has_ended()
 
-    def begin(self) -> None:
+    def begin(self, busy: tuple[int, ...]) -> None:
         """See Launcher."""
-        self._connection.begin()
+        self._connection.begin(busy)
 
     def close(self) -> None:
         """End it, and with it every container of its."""

@@ -27,7 +27,8 @@ TERMINAL = b"t"  # init: the job's terminal (descriptor: the pty's master)
 SIGNAL = b"s"  # launcher: send the job this signal; SIGKILL, SIGSTOP, SIGCONT are for everything in the container
 EXIT = b"x"  # init: the job has ended, and how
 FAILED = b"f"  # init: a step failed, nothing was run
-BEGIN = b"b"  # host to launcher: a container will be wanted; do what is the same for all
+# host to launcher: a container will be wanted; do what is the same for all, on other CPUs than these if there are any
+BEGIN = b"b"
 LAUNCH = b"l"  # host to launcher, launcher to init: build this container (descriptor: init's end of its channel)
 MAPPED = b"m"  # launcher to init: the id map is written
 ZYGOTE = b"z"  # host to launcher: start this zygote (descriptor: its end of its channel), which is a launcher then
@@ -55,7 +56,8 @@ class Container(NamedTuple):
 
     tree is the rootfs; binds are (host path, path in the tree) laid over it read-only; workspaces is the folder that
     an order's workspace lies in; tmp_bytes bounds /tmp, HOME and /dev/shm together; host_id is the id outside that
-    uid and gid 1000 stand for, None for the caller's own; processors are the numbers of the CPUs that are seen inside;
+    uid and gid 1000 stand for, None for the caller's own; processors are the numbers of the CPUs that are seen inside,
+    built_on of those that it is built on, where that is to be out of somebody's way, else ();
     landlock is the ABI that its job's ruleset is made for, 0 for a kernel that has none; cgroup is what its cgroup
     limits it to, None for a container that is to have no cgroup of its own.
     """
@@ -66,6 +68,7 @@ class Container(NamedTuple):
     tmp_bytes: int
     host_id: int | None
     processors: tuple[int, ...]
+    built_on: tuple[int, ...]
     landlock: int
     cgroup: Limits | None
 
@@ -226,6 +229,16 @@ def decode_container(body: bytes) -> Container:
     """Return what a LAUNCH message asks for."""
     container = Container(*marshal.loads(body))  # noqa: S302 - written by encode_container, never by a job
     return container._replace(cgroup=None if container.cgroup is None else Limits(*container.cgroup))
+
+
+def encode_processors(processors: tuple[int, ...]) -> bytes:
+    """Return the body of a BEGIN message."""
+    return marshal.dumps(processors, _MARSHAL)
+
+
+def decode_processors(body: bytes) -> tuple[int, ...]:
+    """Return the CPUs that a BEGIN message names."""
+    return tuple(marshal.loads(body))  # noqa: S302 - written by encode_processors, never by a job
 
 
 def encode_outcome(outcome: Outcome) -> bytes:

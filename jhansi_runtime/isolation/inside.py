@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 import prctl
 
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import idmap, job, landlock, mounts, net, terminal
+from jhansi_runtime.isolation import idmap, job, landlock, mounts, net, processors, terminal
 from jhansi_runtime.isolation.channel import Channel, Container, Failure, Order, Outcome
 from jhansi_runtime.isolation.detach import detach
 from jhansi_runtime.isolation.steps import StepError, step
@@ -102,6 +102,8 @@ def _live(launcher: Channel, host_id: int | None, start_job: StartJob) -> None:
     try:
         if isinstance(begun, StepError):
             raise begun
+        with step("processors"):
+            processors.prefer(container.built_on)
         built = _build(container, begun)
         _say_ready(built.root, channel)
         outcome = _run(built, begun, channel)
@@ -175,6 +177,8 @@ def _build(container: Container, waiting: _Waiting) -> _Built:
 
 
 def _say_ready(root: int, channel: Channel) -> None:
+    with step("processors"):
+        processors.prefer(())  # once it has been built, it is in nobody's way
     with step("descriptors for the host"):
         descriptors = mounts.open_for_host(root)
     channel.send(messages.READY, descriptors=descriptors)

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import prctl
 
-from jhansi_runtime.isolation import cgroup
+from jhansi_runtime.isolation import cgroup, processors
 from jhansi_runtime.isolation import channel as messages
 from jhansi_runtime.isolation.cgroup import Branch, Group
 from jhansi_runtime.isolation.channel import Channel, Failure, Reaped
@@ -55,6 +55,7 @@ class Launcher:
         self._begun: Begun | None = None
         self._branch = branch
         self._groups: dict[int, Group] = {}
+        processors.remember()
 
     def serve(self, channel: Channel) -> None:
         """Do what is asked for, until there is nobody left to ask."""
@@ -67,6 +68,7 @@ class Launcher:
         """Do what the next message asks for. False at the end."""
         kind, body, descriptors = channel.receive()
         if kind == messages.BEGIN:
+            processors.prefer((), busy=messages.decode_processors(body))
             self.begin()
         elif kind == messages.LAUNCH:
             self._launch(body, Channel.of(descriptors[0]))
@@ -93,9 +95,11 @@ class Launcher:
             end(self._begun, self._branch)
 
     def _launch(self, body: bytes, init: Channel) -> None:
+        container = messages.decode_container(body)
+        processors.prefer(container.built_on)
         begun, self._begun = self._begun, None
         try:
-            launched = launch(messages.decode_container(body), init, begun, self._branch, self._start_job)
+            launched = launch(container, init, begun, self._branch, self._start_job)
         except BrokenPipeError:
             return  # the host has given this container up already
         finally:
@@ -104,6 +108,7 @@ class Launcher:
             self._groups[launched.pid] = launched.group
 
     def _launch_zygote(self, body: bytes, zygote: Channel) -> None:
+        processors.prefer(())
         with suppress(BrokenPipeError):  # the host has given it up already
             launch_zygote(messages.decode_zygote(body), zygote, self._branch)
         zygote.close()

@@ -5,10 +5,11 @@ os.cpu_count, multiprocessing and OpenBLAS, counts lines in /proc/stat where the
 entries in /proc/cpuinfo. So a container gets its own of both, with its own CPUs in them and nothing of the host's load.
 """
 
+import errno
 import os
 from functools import cache
 
-__all__ = ["proc_files", "remember", "run_on"]
+__all__ = ["prefer", "proc_files", "remember", "run_on"]
 
 _FIELDS = " 0" * 10  # of a line about a CPU in /proc/stat: times, in ticks
 
@@ -16,6 +17,19 @@ _FIELDS = " 0" * 10  # of a line about a CPU in /proc/stat: times, in ticks
 def run_on(processors: tuple[int, ...]) -> None:
     """Let this process, and what it starts, run on these CPUs alone."""
     os.sched_setaffinity(0, processors)
+
+
+def prefer(processors: tuple[int, ...], *, busy: tuple[int, ...] = ()) -> None:
+    """Let this process run on these CPUs, () for all there are but those that are busy, unless that is none.
+
+    All there are is what whoever has called `remember` first might run on. That may have changed since, and then the
+    kernel has its way: this is for speed alone.
+    """
+    try:
+        os.sched_setaffinity(0, processors or _allowed().difference(busy) or _allowed())
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def proc_files(processors: tuple[int, ...]) -> tuple[tuple[str, bytes], ...]:
@@ -28,9 +42,15 @@ def proc_files(processors: tuple[int, ...]) -> tuple[tuple[str, bytes], ...]:
 
 
 def remember() -> None:
-    """Read of the host now what `proc_files` needs: what is cloned from this process need not do so again."""
+    """Read of the host now what is needed here later: what is cloned from this process need not do so again."""
+    _allowed()
     _cpuinfo()
     _boot_time()
+
+
+@cache
+def _allowed() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0))
 
 
 @cache
