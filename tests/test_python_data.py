@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 from conftest import CHECKOUT
+from programs import OF_EMULATED_PROCESSORS
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
 from jhansi_runtime.engine import LauncherProcess
@@ -91,7 +92,8 @@ class Data:
     def _told(self, runtime, name, limits):
         request = ExecRequest(sandbox=self.sandbox, filename=name, limits={**PATIENCE, **limits})
         result = runtime.exec(request)
-        assert (result.status, result.exit_code, result.stderr) == ("exited", 0, ""), result
+        stderr = result.stderr.removeprefix(OF_EMULATED_PROCESSORS)
+        assert (result.status, result.exit_code, stderr) == ("exited", 0, ""), result
         return result.stdout
 
 

@@ -383,14 +383,14 @@ def test_two_who_begin_at_once_may_both_know_and_neither_leaves_a_record(beside)
 def keep_changing(store, sandbox, folder, number):
     """Add to a workspace for ever, in both of the ways there are."""
     for turn in range(1_000_000):
-        name = f"{number}-{turn}"
+        name, began = f"{number}-{turn}", time.monotonic()
         with store.hold_to_change(sandbox, Limits()) as workspace:
             if (turn + number) % 2:
                 workspace.write(name, [b"x"])
             else:
                 run_job(workspace, lambda name=name: os.mknod(f"{folder}/{name}"))
-        if turn % 3 == 0:
-            time.sleep(0.002 * number)
+        if turn % 3 == 0:  # so that now and then one alone is changing, however long that takes
+            time.sleep(3 * number * (time.monotonic() - began))
 
 
 def test_whatever_several_do_at_once_no_record_is_ever_short(store, sandbox, folder, beside, monkeypatch):

@@ -711,7 +711,9 @@ def ran(row, ways, *, warm):
     finally:
         runtime.remove(sandbox.id)
     output = [ADDRESS.sub(b"0x", b64decode(stream)) for stream in (result.stdout, result.stderr)]
-    return End(result.status, result.exit_code, result.signal), result.message, *output
+    # The kernel counts the job's first process, and the cgroup or the watchdog all of them: one of them is first.
+    signal = "SIGXCPU" if result.status == "cpu_time_exceeded" else result.signal
+    return End(result.status, result.exit_code, signal), result.message, *output
 
 
 def in_a_zygotes_slot(row, ways):
