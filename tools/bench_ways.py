@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jhansi_runtime import ExecRequest, Paths, Runtime
@@ -128,7 +129,7 @@ def stage() -> Iterator[Stage]:
         os.mkdir(home)
         os.symlink(real.rootfs, os.path.join(home, "rootfs"))
         without, with_pool = (os.path.join(folder, f"{name}.toml") for name in ("without", "pool"))
-        write(without, b"")
+        write(without, b"[pool]\nmaximum = 0\n")  # a server would have one otherwise
         write(with_pool, b"[pool]\nmaximum = %d\n" % IN_THE_POOL)
         paths = Paths(home, os.path.join(home, "workspaces"), without, os.path.join(sockets, "none"))
         pool = Pool(LauncherProcess(), Sizes(maximum=IN_THE_POOL))
@@ -193,7 +194,12 @@ def foreign(of: Program, folder: str) -> Iterator[Way]:
         if said == SAID:
             yield way
         else:
-            print(f"bench: left out: {way.name} does not work here: {said.strip().splitlines()[-1:]}", file=sys.stderr)
+            _tell_once(f"bench: left out: {way.name} does not work here: {said.strip().splitlines()[-1:]}")
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @contextmanager
