@@ -1,4 +1,4 @@
-"""A server of default settings under hostile callers: the others hardly notice, and nothing is left behind.
+"""A server of default settings, but without a pool, under hostile callers: others hardly notice, nothing is left behind.
 
 Callers that stall, stop reading or vanish are bare sockets here: a client library would do better than they are to.
 The honest caller's 99th percentile is compared with what it was on the same machine a moment before, never with a
@@ -92,9 +92,10 @@ def peer(fresh_environment, tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (LITTLE, before[1]))
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
-        server = stack.enter_context(
-            serving(fresh_environment() | {"TMPDIR": str(tmp_path / "tmp")}, tmp_path / "server")
-        )
+        environment = fresh_environment() | {"TMPDIR": str(tmp_path / "tmp")}
+        # The slots of a pool come and go by themselves.
+        settings = "[pool]\nmaximum = 0\n"
+        server = stack.enter_context(serving(environment, tmp_path / "server", settings=settings))
         resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
         with server.client() as api:
             sandbox = api.post("/v1/sandboxes", json={"rootfs": "host"}).json()["id"]
