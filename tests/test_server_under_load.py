@@ -1,4 +1,4 @@
-"""A server of default settings, but without a pool, under hostile callers: others hardly notice, nothing is left behind.
+"""A server of default settings, but without a pool, under hostile callers: others hardly notice, nothing is left.
 
 Callers that stall, stop reading or vanish are bare sockets here: a client library would do better than they are to.
 The honest caller's 99th percentile is compared with what it was on the same machine a moment before, never with a

@@ -102,8 +102,7 @@ def _live(launcher: Channel, host_id: int | None, start_job: StartJob) -> None:
     try:
         if isinstance(begun, StepError):
             raise begun
-        with step("processors"):
-            processors.prefer(container.built_on)
+        processors.prefer(container.built_on)
         built = _build(container, begun)
         _say_ready(built.root, channel)
         outcome = _run(built, begun, channel)
@@ -177,8 +176,7 @@ def _build(container: Container, waiting: _Waiting) -> _Built:
 
 
 def _say_ready(root: int, channel: Channel) -> None:
-    with step("processors"):
-        processors.prefer(())  # once it has been built, it is in nobody's way
+    processors.prefer(())  # once it has been built, it is in nobody's way
     with step("descriptors for the host"):
         descriptors = mounts.open_for_host(root)
     channel.send(messages.READY, descriptors=descriptors)

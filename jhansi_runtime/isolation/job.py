@@ -100,8 +100,7 @@ def _prepare(channel: Channel, report: int, host_id: int | None) -> None:
         prctl.set_no_new_privs(1)
     with step("fixed limits"):
         _limit(_LIMITS)
-    with step("processors"):
-        processors.prefer(())
+    processors.prefer(())
 
 
 def _equip(order: Order, streams: list[int], become: Become | None) -> None:

@@ -5,8 +5,8 @@ os.cpu_count, multiprocessing and OpenBLAS, counts lines in /proc/stat where the
 entries in /proc/cpuinfo. So a container gets its own of both, with its own CPUs in them and nothing of the host's load.
 """
 
-import errno
 import os
+from contextlib import suppress
 from functools import cache
 
 __all__ = ["prefer", "proc_files", "remember", "run_on"]
@@ -25,11 +25,8 @@ def prefer(processors: tuple[int, ...], *, busy: tuple[int, ...] = ()) -> None:
     All there are is what whoever has called `remember` first might run on. That may have changed since, and then the
     kernel has its way: this is for speed alone.
     """
-    try:
+    with suppress(OSError):
         os.sched_setaffinity(0, processors or _allowed().difference(busy) or _allowed())
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
 
 
 def proc_files(processors: tuple[int, ...]) -> tuple[tuple[str, bytes], ...]:
