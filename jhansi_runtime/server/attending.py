@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from jhansi_runtime import thin
 from jhansi_runtime.logs import log
@@ -76,25 +76,41 @@ class Attending:
 
     def _attend(self) -> bool:
         """Start one, and wait for its end; whether there is to be another."""
-        door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with door:
-            with self._mutex, theirs:
-                if self._is_ending.is_set():
-                    return False
-                try:
-                    self._process = _start(self._listener, theirs)
-                except OSError as error:
-                    log("server.attendant_missing", error=error)
-                    return True
-                self._door = door
-                self._lend(door.dup())
-            status = self._process.wait()
-            with self._mutex:
-                self._door = None
+        with self._mutex:
             if self._is_ending.is_set():
                 return False
+            try:
+                process, door = self._start()
+            except (OSError, RuntimeError) as error:  # no descriptors, processes or threads are to be had
+                log("server.attendant_missing", error=error)
+                return True
+            self._process, self._door = process, door
+        status = process.wait()
+        with self._mutex, door:
+            self._door = None
+        if self._is_ending.is_set():
+            return False
         log("server.attendant_ended", status=status)
         return True
+
+    def _start(self) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+        """Start one; it, and our end of its door."""
+        # What was imported here was found here, but for the working directory: anyone may put something there.
+        places = [entry for entry in sys.path if os.path.isabs(entry)]
+        door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ExitStack() as unless_started, theirs:
+            unless_started.enter_context(door)
+            self._lend(door.dup())  # which ends with the last end of the door
+            descriptors = (self._listener.fileno(), theirs.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors), *places],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=descriptors,
+                start_new_session=True,  # a terminal's ^C is for the server
+            )
+            unless_started.pop_all()
+        return process, door
 
 
 @contextmanager
@@ -113,16 +129,3 @@ def attending(path: str, lend: Callable[[socket.socket], None]) -> Iterator[Atte
             yield found
         finally:
             found.end()
-
-
-def _start(listener: socket.socket, door: socket.socket) -> "subprocess.Popen[bytes]":
-    # What was imported here was found here, but for the working directory: anyone may put something there.
-    places = [entry for entry in sys.path if os.path.isabs(entry)]
-    descriptors = (listener.fileno(), door.fileno())
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", _PROGRAM, *map(str, descriptors), *places],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=descriptors,
-        start_new_session=True,  # a terminal's ^C is for the server
-    )
