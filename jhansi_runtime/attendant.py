@@ -45,7 +45,7 @@ from jhansi_runtime.paths import Paths
 
 __all__ = ["main"]
 
-_WAITING = 3  # workers that are there ahead
+_WAITING = 2  # workers that are there ahead
 _ENDED_WITHIN_SECONDS = 10.0
 _LOOK_SECONDS = 1.0  # a worker that is stopped
 _RETRY_MILLISECONDS = 1000  # after a fork that failed, or a worker that died as it waited

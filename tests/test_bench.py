@@ -61,7 +61,7 @@ def test_tables_say_what_was_measured(report):
 
     assert ["Runtime warm", "10.0 ms", "12.5 ms", "20.0 ms", "0.25", "9.0 ms"] in rows(text)
     assert ["bare", "97", "180"] in rows(text)
-    assert ["list all", "10.0 ms", "10.0 ms"] in rows(text)
+    assert ["list all", "10.0 ms (1.00)", "10.0 ms (1.00)"] in rows(text)
     assert ["slot that waits", "1.50"] in rows(text)
     assert "left out: the root tree of python-data is not here" in text
     assert "as an ordinary user: 2 CPUs (x86_64), Linux 6.1" in text

@@ -148,3 +148,14 @@ def test_a_launcher_loads_the_trusted_core_alone(runtime_environment):
 def test_importing_the_package_loads_none_of_it(runtime_environment):
     loaded = loaded_by(["-c", "import jhansi_runtime"], runtime_environment)
     assert {name for name in loaded if name.startswith("jhansi_runtime")} == {"jhansi_runtime"}
+
+
+def test_a_server_loads_nothing_that_invents_examples(runtime_environment):
+    program = (
+        "from jhansi_runtime import Paths, Runtime\n"
+        "from jhansi_runtime.api import create_app\n"
+        "from jhansi_runtime.spec import ServerSettings\n"
+        "with Runtime(Paths.from_environment()) as runtime:\n"
+        "    create_app(runtime, keys=None, settings=ServerSettings())\n"
+    )
+    assert "faker" not in loaded_by(["-c", program], runtime_environment)

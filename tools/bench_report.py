@@ -27,7 +27,7 @@ TITLES = {
     "variants": "single parts",
     "callers": "execs a second, by callers at once",
     "memory": "memory",
-    "existing": "p50 with so many sandboxes existing",
+    "existing": "p50 (ratio) with so many sandboxes existing",
     "long": "execs in a row",
 }
 SHOWN = ("hello", "data", "node", "binary", "callers", "memory", "existing")  # in README.md, in this order
@@ -106,7 +106,10 @@ def _memory(title: str, section: Mapping[str, Any]) -> Iterator[str]:
 
 def _existing(title: str, section: Mapping[str, Any]) -> Iterator[str]:
     verbs = section["verbs"]
-    rows = [[verb, *(f"{figures['p50_ms']:.1f} ms" for figures in row.values())] for verb, row in verbs.items()]
+    rows = [
+        [verb, *(f"{figures['p50_ms']:.1f} ms ({figures['ratio']:.2f})" for figures in row.values())]
+        for verb, row in verbs.items()
+    ]
     return _table([title, *(f"{int(count):,}" for count in next(iter(verbs.values())))], rows)
 
 

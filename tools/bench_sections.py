@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bench_measure import (
-    Figures,
+    PAUSE,
     available,
     compared,
     family,
@@ -123,33 +124,43 @@ def _taken_by(at: Stage, sandbox: str, name: str, count: int, *, zygotes: bool) 
 
 
 def of_existing(at: Stage, rounds: int, counts: tuple[int, ...] = EXISTING) -> Section:
-    """What an exec, a listing, and making and removing a sandbox take when so many exist."""
-    rounds = max(2, rounds // 2)
-    found: dict[str, dict[str, Figures]] = {}
+    """What an exec, a listing, and making and removing a sandbox take when so many exist; ratios are to the fewest."""
+    times: dict[str, dict[int, list[float]]] = {}
+    with ExitStack() as stack:
+        verbs = {count: stack.enter_context(_verbs_among(at, count)) for count in counts}
+        for number in range(rounds):
+            turn = number % len(counts)
+            for name in verbs[counts[0]]:
+                for count in (*counts[turn:], *counts[:turn]):  # none always comes after the same one
+                    times.setdefault(name, {}).setdefault(count, []).append(_milliseconds(verbs[count][name]))
+                    time.sleep(PAUSE)
+    found = {
+        name: {str(count): figures_of(taken, by_count[counts[0]]) for count, taken in by_count.items()}
+        for name, by_count in times.items()
+    }
+    return {"rounds": rounds, "first": str(counts[0]), "verbs": found}
+
+
+@contextmanager
+def _verbs_among(at: Stage, count: int) -> Iterator[dict[str, Callable[[], object]]]:
+    """Have so many sandboxes in a folder of their own; yield what is to be timed there, by name."""
     with tempfile.TemporaryDirectory(prefix="existing-", dir=at.folder) as folder:
         os.chmod(folder, 0o755)  # noqa: S103 - as root, the program in the sandbox is somebody else
         paths = at.paths._replace(workspaces=folder)
         pool = Pool(LauncherProcess(), Sizes(maximum=IN_THE_POOL))
         with Runtime(paths) as cold, Runtime(paths, slots=pool) as warm:
             sandbox = cold.create().id
+            for _ in range(count - 1):
+                cold.create()
             cold.write(sandbox, "hello.py", b'print("hello")\n')
             wanted = ExecRequest(sandbox=sandbox, filename="hello.py")
-            existing = 1
-            for count in counts:
-                for _ in range(count - existing):
-                    cold.create()
-                existing = count
-                warmed(pool, lambda: warm.exec(wanted))
-                verbs: dict[str, Callable[[], object]] = {
-                    "Runtime cold": in_process(cold, wanted),
-                    "Runtime warm": in_process(warm, wanted),
-                    "create and remove": lambda: cold.remove(cold.create().id),
-                    "list all": cold.sandboxes,
-                }
-                for name, verb in verbs.items():
-                    times = [_milliseconds(verb) for _ in range(rounds)]
-                    found.setdefault(name, {})[str(count)] = figures_of(times)
-    return {"rounds": rounds, "verbs": found}
+            warmed(pool, lambda: warm.exec(wanted))
+            yield {
+                "Runtime cold": in_process(cold, wanted),
+                "Runtime warm": in_process(warm, wanted),
+                "create and remove": lambda: cold.remove(cold.create().id),
+                "list all": cold.sandboxes,
+            }
 
 
 def _milliseconds(verb: Callable[[], object]) -> float:

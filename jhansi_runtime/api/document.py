@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
+from litestar import MediaType
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
     OpenAPI,
@@ -30,7 +31,7 @@ from litestar.openapi.spec import (
 from jhansi_runtime import spec
 from jhansi_runtime.spec import Problem
 
-__all__ = ["ABOUT", "BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "described", "nothing", "tell_records"]
+__all__ = ["ABOUT", "BYTES", "FORM", "PROBLEM_MEDIA_TYPE", "TEXT", "answer", "described", "nothing", "tell_records"]
 
 ABOUT = """Persistent sandboxes for running untrusted code.
 
@@ -129,9 +130,7 @@ def described(
     signature does not name, with what they are for. may_be_empty says that the body may be left out.
     """
     failures = {
-        status: ResponseSpec(
-            Problem, generate_examples=False, description=_PROBLEMS[status], media_type=PROBLEM_MEDIA_TYPE
-        )
+        status: answer(Problem, _PROBLEMS[status], PROBLEM_MEDIA_TYPE)
         for status in sorted({*(_OF_ACCESS if needs_key else ()), *problems})
     }
     all_headers: dict[int, list[str]] = {**_HEADERS_OF_PROBLEMS, **(headers or {})}
@@ -149,9 +148,14 @@ def described(
     return {"operation_id": operation_id, "operation_class": Described, "responses": failures | dict(also or {})}
 
 
+def answer(body: type | None, description: str, media_type: str = MediaType.JSON) -> ResponseSpec:
+    """An answer. Without examples: Litestar would invent them with a library that takes 6 MB."""
+    return ResponseSpec(body, generate_examples=False, description=description, media_type=media_type)
+
+
 def nothing(description: str) -> ResponseSpec:
     """An answer without a body."""
-    return ResponseSpec(None, description=description)
+    return answer(None, description)
 
 
 def tell_records(document: OpenAPI) -> None:

@@ -4,11 +4,10 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from litestar import Response, post
-from litestar.openapi.datastructures import ResponseSpec
 from msgspec import structs
 
 from jhansi_runtime.api.access import Caller
-from jhansi_runtime.api.document import TEXT, described
+from jhansi_runtime.api.document import TEXT, answer, described
 from jhansi_runtime.api.events import MEDIA_TYPE, NOT_STORED, events
 from jhansi_runtime.api.routes import AnyRequest, Document, Sent, cancelled_when_left, exact
 from jhansi_runtime.api.service import Control, Service, end
@@ -39,7 +38,7 @@ _ACCEPTED = 202
         429,
         503,
         507,
-        also={_ACCEPTED: ResponseSpec(RunInfo, generate_examples=False, description="detached: it goes on by itself")},
+        also={_ACCEPTED: answer(RunInfo, "detached: it goes on by itself")},
         headers={_ACCEPTED: ["Location"]},
         media={200: {MEDIA_TYPE: TEXT}},
     ),

@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from litestar import Response, delete, get, head, post, put
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, Parameter, QueryParameter
 from litestar.response import Stream
 from multipart import (  # type: ignore[import-untyped] # it ships none
@@ -23,7 +22,7 @@ from multipart import (  # type: ignore[import-untyped] # it ships none
     parse_options_header,
 )
 
-from jhansi_runtime.api.document import BYTES, FORM, described, nothing
+from jhansi_runtime.api.document import BYTES, FORM, answer, described, nothing
 from jhansi_runtime.api.ranges import is_unchanged, requested
 from jhansi_runtime.api.routes import AnyRequest, Close, Document, Sent
 from jhansi_runtime.api.service import Service
@@ -128,7 +127,7 @@ async def upload(
         409,
         422,
         also={
-            _PARTIAL: ResponseSpec(bytes, description="the Range that was asked for", media_type=_BINARY),
+            _PARTIAL: answer(bytes, "the Range that was asked for", _BINARY),
             _NOT_MODIFIED: nothing("the caller has it (If-None-Match)"),
             _NOT_SATISFIABLE: nothing("no byte of the Range is there"),
         },
@@ -213,7 +212,7 @@ async def look(
         413,
         422,
         507,
-        also={_CREATED: ResponseSpec(FileInfo, generate_examples=False, description="it was not there before")},
+        also={_CREATED: answer(FileInfo, "it was not there before")},
         headers={_OK: ["ETag"], _CREATED: ["ETag"]},
         takes={_BINARY: BYTES},
         may_be_empty=True,

@@ -4,13 +4,12 @@ from collections import deque
 from typing import Annotated, Any
 
 from litestar import MediaType, Response, get
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIType, Schema
 from litestar.params import Parameter
 from litestar.serialization import decode_json, default_serializer, encode_json
 
 from jhansi_runtime.api.docs import page
-from jhansi_runtime.api.document import TEXT, described
+from jhansi_runtime.api.document import TEXT, answer, described
 from jhansi_runtime.api.routes import AnyRequest, Document
 from jhansi_runtime.api.service import Service
 from jhansi_runtime.errors import InvalidRequestError
@@ -35,7 +34,7 @@ Limit = Annotated[int, Parameter(ge=1, le=_MOST_RECORDS, description="how many a
     **described(
         "health",
         403,
-        also={_UNAVAILABLE: ResponseSpec(Health, generate_examples=False, description="live, but not ready")},
+        also={_UNAVAILABLE: answer(Health, "live, but not ready")},
         needs_key=False,
     ),
 )

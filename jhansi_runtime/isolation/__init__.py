@@ -41,8 +41,9 @@ begins with LAUNCH. A warm one waits ahead of its order. The steps are the same.
 
 A *zygote* (outer.py, zygote.py) is a launcher that is run by the interpreter of a rootfs, inside a container of its
 own: the jobs of its containers are forks of an interpreter that has started already, and run a Python file without
-executing anything, after the same steps. Only a rootfs of signed packages has one, for what it runs is trusted until
-the file begins. All that is the host's there are the workspaces, for init to bind one of.
+executing anything, after the same steps. While such a job waits it copies the memory that it is going to write to
+(memory.py). Only a rootfs of signed packages has a zygote, for what it runs is trusted until the file begins. All that
+is the host's there are the workspaces, for init to bind one of.
 
 Who may be what. The outer user namespace maps one id: uid 1000 inside is the caller outside (started by root: an
 unprivileged id). init holds all capabilities over the container's own namespaces and none over the host. The job's
@@ -51,7 +52,7 @@ the mounts and the network around it. Whoever dies takes along what it started: 
 closes), the launcher its inits (PR_SET_PDEATHSIG), init everything in its pid namespace.
 
 Kernel surprises are told where they matter. Modules: channel (the messages), spawn and launcher, launch, inside, job,
-detach, outer and zygote, and one module a concern: cpython, idmap, mounts, net, caps, landlock, seccomp, signals,
-terminal, cgroup, processors, syscalls. Nothing here imports what is above it, and on the exec path nothing outside the
-standard library but prctl.
+detach, outer and zygote, and one module a concern: cpython, memory, idmap, mounts, net, caps, landlock, seccomp,
+signals, terminal, cgroup, processors, syscalls. Nothing here imports what is above it, and on the exec path nothing
+outside the standard library but prctl.
 """

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jhansi_runtime.isolation.memory import writable
 from jhansi_runtime.isolation.syscalls import set_memory_map
 
 __all__ = ["Interpreter", "find", "run_next"]
@@ -124,13 +125,8 @@ def _state() -> int:
 
 
 def _allocated() -> Iterator[tuple[int, int]]:
-    """Yield start and end of the memory that was allocated while this process ran (proc_pid_maps(5))."""
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            span, access, _, _, _, *name = line.split(maxsplit=5)
-            if access == "rw-p" and (not name or name[0].strip() == "[heap]"):
-                start, end = (int(number, 16) for number in span.split("-"))
-                yield start, end
+    """Return start and end of the memory that was allocated while this process ran."""
+    return (span for span, mapped in writable() if mapped in {"", "[heap]"})
 
 
 def _places(written: dict[int, bytes], wanted: bytes) -> Iterator[int]:

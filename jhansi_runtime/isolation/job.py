@@ -50,18 +50,25 @@ def main(channel: Channel, report: int, host_id: int | None) -> NoReturn:
     os._exit(1)  # never: there is nothing but a program to be had
 
 
-def confined(channel: Channel, report: int, host_id: int | None, become: Become | None = None) -> Order:
+def confined(
+    channel: Channel,
+    report: int,
+    host_id: int | None,
+    become: Become | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Order:
     """Give everything up, wait for the order, and execute it; or return it, when it is for the interpreter there is.
 
     CONFINED is written to `report` when all is given up, so that a job that died on the way is never taken for a
     program that ran; a failure of a step, or of execve, is written as itself. Only a zygote's job can `become` what the
-    order asks for, and only there this returns.
+    order asks for, and only there this returns. meanwhile is done while it waits.
     """
     failure = Failure("fork", 0, "the job ended before its program began")
     has_program = False
     try:
         _prepare(channel, report, host_id)
         channel.send(messages.READY)
+        meanwhile()
         kind, _, descriptors = channel.receive()
         if kind == messages.ORDER:
             content, root, *others = descriptors

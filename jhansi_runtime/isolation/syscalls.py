@@ -14,6 +14,7 @@ from functools import cache
 
 __all__ = [
     "BPF_PROGRAM_UNIT",
+    "PTRACE_EVENT_EXIT",
     "capability_ambient",
     "capbset_drop",
     "capset_empty",
@@ -30,12 +31,14 @@ __all__ = [
     "landlock_add_path",
     "landlock_create_ruleset",
     "landlock_restrict_self",
+    "madvise_populate_write",
     "mount_private",
     "mount_setattr",
     "move_mount",
     "open_tree",
     "openat2",
     "pivot_root",
+    "ptrace_seize_until_exit",
     "seccomp_set_filter",
     "set_memory_map",
     "signal_default",
@@ -394,4 +397,24 @@ def set_memory_map(arguments: tuple[int, int], environment: tuple[int, int]) -> 
     buffer = ctypes.create_string_buffer(record, len(record))
     option = ctypes.c_ulong(_PR_SET_MM_MAP)
     if _libc.prctl(_PR_SET_MM, option, buffer, ctypes.c_ulong(len(record)), ctypes.c_ulong(0)) == -1:
+        raise _oserror()
+
+
+# --- madvise(2), ptrace(2) ------------------------------------------------------------------------------------------
+
+_MADV_POPULATE_WRITE = 23
+_PTRACE_SEIZE = 0x4206
+PTRACE_EVENT_EXIT = 6
+_PTRACE_O_TRACEEXIT = 1 << PTRACE_EVENT_EXIT
+
+
+def madvise_populate_write(start: int, length: int) -> None:
+    """Have pages there that are this process's own, as if it had written to them. OSError: EINVAL before Linux 5.14."""
+    if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_POPULATE_WRITE)) == -1:
+        raise _oserror()
+
+
+def ptrace_seize_until_exit(pid: int) -> None:
+    """Have this process stop, as our tracee, when it is about to exit: its memory is there until it goes on."""
+    if _libc.ptrace(*map(ctypes.c_long, (_PTRACE_SEIZE, pid, 0, _PTRACE_O_TRACEEXIT))) == -1:
         raise _oserror()

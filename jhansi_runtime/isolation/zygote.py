@@ -21,7 +21,7 @@ from typing import NoReturn
 import prctl
 
 from jhansi_runtime.isolation import channel as messages
-from jhansi_runtime.isolation import cpython, job, mounts
+from jhansi_runtime.isolation import cpython, job, memory, mounts
 from jhansi_runtime.isolation.cgroup import Branch
 from jhansi_runtime.isolation.channel import PLACEHOLDER, Channel, Failure
 from jhansi_runtime.isolation.inside import JobLeft, StartJob
@@ -49,14 +49,24 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
         os._exit(1)
     branch = Branch("", BRANCH) if _is_open(BRANCH) else None
     kept = frozenset(sys.modules), frozenset(sys.path_importer_cache)  # with what was preloaded
-    channel.send(messages.READY, ",".join(skipped).encode())
-    try:
-        Launcher(None, StartJob(os.fork, _leave), branch).serve(channel)
-        os._exit(0)
-    except JobLeft as left:
-        waiting = left.waiting
-    channel.close()
-    job.confined(*waiting, lambda order: cpython.run_next(interpreter, order.argv, order.environment))
+    written = memory.rehearse()
+    if written is None:
+        words = [*sys.orig_argv]
+        words[interpreter.position] = os.devnull
+        cpython.run_next(interpreter, [os.fsencode(word) for word in words], dict(os.environb))
+    else:
+        channel.send(messages.READY, ",".join(skipped).encode())
+        try:
+            Launcher(None, StartJob(os.fork, _leave), branch).serve(channel)
+            os._exit(0)
+        except JobLeft as left:
+            waiting = left.waiting
+        channel.close()
+        job.confined(
+            *waiting,
+            lambda order: cpython.run_next(interpreter, order.argv, order.environment),
+            meanwhile=lambda: memory.copy_ahead(written),
+        )
     _forget_all_but(*kept)
     _give_way(kept[0].difference(modules))
     _renew_main()
