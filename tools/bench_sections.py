@@ -10,16 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 from bench_measure import (
     PAUSE,
+    Figures,
     available,
     compared,
     family,
     figures_of,
     memory_of,
+    quantile,
     rates,
     status_of,
     timed,
 )
-from bench_ways import IN_THE_POOL, Missing, Stage, Way, box, in_process, post, program, variants, warmed, ways_to_run
+from bench_ways import (
+    IN_THE_POOL,
+    Missing,
+    Stage,
+    Way,
+    box,
+    clean,
+    command,
+    in_process,
+    post,
+    program,
+    variants,
+    warmed,
+    ways_to_run,
+)
 
 from jhansi_runtime import ExecRequest, Runtime
 from jhansi_runtime.engine import LauncherProcess
@@ -175,13 +191,24 @@ def of_long(at: Stage, execs: int) -> Section:
     block = min(1000, max(1, execs // 2))
     with box(at, of) as sandbox:
         way = Way("POST warm", post(at.warm_server, sandbox, of.what))
-        first = [timed(way) for _ in range(block)]
+        bare = Way("bare", command([*of.start, os.path.join(at.folder, of.file)], clean()))
+        first = _block(way, bare, block)
         held = {"first": _held_by(at.warm_server.process.pid)}
         for _ in range(execs - 2 * block):
             timed(way)
-        last = [timed(way) for _ in range(block)]
+        last = _block(way, bare, block)
         held["last"] = _held_by(at.warm_server.process.pid)
-    return {"execs": execs, "block": block, "first": figures_of(first), "last": figures_of(last), "held": held}
+    return {"execs": execs, "block": block, "first": first, "last": last, "held": held}
+
+
+def _block(way: Way, bare: Way, count: int) -> Figures:
+    """Run it so often, and now and then the bare program, which tells how fast the machine is at the time."""
+    times, others = [], []
+    for number in range(count):
+        times.append(timed(way))
+        if number % 10 == 0:
+            others.append(timed(bare))
+    return figures_of(times) | {"bare_p50_ms": quantile(others, 0.5)}
 
 
 def _held_by(pid: int) -> Mapping[str, int]:
