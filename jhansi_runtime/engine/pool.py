@@ -1,11 +1,12 @@
 """The pool: slots that are built ahead and wait, so that an exec takes one instead of having it built.
 
-A *shelf* holds the slots that are alike: those of one rootfs, workspaces folder and size of /tmp. Who wants a slot
-takes one off its shelf, once; a thread of the pool's, the *keeper*, puts another there. Which slots there are to be is
-learned from what is wanted: the second exec of a kind makes a shelf that is filled, each that finds its shelf empty
-makes it one longer, and what is not taken for a while is not built again. Where the rootfs can have a zygote, its shelf
-is filled by one as soon as that is ready; until then, and where none can be, by slots without an interpreter. What
-waits is weighed now and then, and where it is too heavy, the kinds that were wanted longest ago become fewer first.
+A *shelf* (shelf.py) holds the slots that are alike: those of one rootfs, workspaces folder and size of /tmp. Who wants
+a slot takes one off its shelf, once; a thread of the pool's, the *keeper*, puts another there. Which slots there are to
+be is learned from what is wanted: the second exec of a kind makes a shelf that is filled, each that finds its shelf
+empty makes it one longer, and what is not taken for a while is not built again. Where the rootfs can have a zygote, its
+shelf is filled by one as soon as that is ready; until then, and where none can be, by slots without an interpreter.
+What waits is weighed now and then, and where it is too heavy, the kinds that were wanted longest ago become fewer
+first.
 
 Nothing here is a security step: a slot of the pool and one that was made this moment have gone through the same code,
 and which workspace it is for, no slot knows before it is taken.
@@ -23,9 +24,10 @@ from typing import NamedTuple
 from jhansi_runtime.engine.delegation import Delegation
 from jhansi_runtime.engine.launcher import Launcher, LauncherProcess
 from jhansi_runtime.engine.processors import Processors
+from jhansi_runtime.engine.shelf import Key, Made, Shelf
 from jhansi_runtime.engine.slot import Progress, Slot
 from jhansi_runtime.engine.slots import Figures, Wanted
-from jhansi_runtime.engine.sources import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Source, Sources
+from jhansi_runtime.engine.sources import Source, Sources
 from jhansi_runtime.engine.weighing import own_bytes
 from jhansi_runtime.errors import HostError
 from jhansi_runtime.isolation import cgroup
@@ -37,10 +39,7 @@ __all__ = ["Pool", "Sizes"]
 _TURN_SECONDS = 5.0  # how often the keeper looks at shelves that nobody has taken from
 _READY_WITHIN_SECONDS = 30.0
 _WEIGH_SECONDS = 30.0
-_CAPPED_SECONDS = 300.0  # how long a kind that was too heavy is kept from growing
 _MOST_SHELVES = 1000
-# Of the cgroup of a slot that waits: an exec brings its own.
-_IDLE_LIMITS = Limits(memory=512 << 20, processes=128, cpus=1.0)
 
 
 class Sizes(NamedTuple):
@@ -60,60 +59,6 @@ class Sizes(NamedTuple):
     zygotes: int = 16
 
 
-class _Key(NamedTuple):
-    """What slots that are alike have in common: Wanted, but for what an order or a cgroup says later."""
-
-    wanted: Wanted
-    zygote: Zygote | None
-
-
-class _Made:
-    """A slot of the pool: since when it is there, which CPUs it was made for, whose it is."""
-
-    def __init__(self, slot: Slot, generation: int, processors: tuple[int, ...], source: Source | None) -> None:
-        self.slot = slot
-        self.generation = generation  # of its launcher
-        self.processors = processors
-        self.source = source
-        self.since = time.monotonic()
-
-    def has_died(self, generation: int) -> bool:
-        """Say whether its init has ended, or is about to because whoever it descends from has."""
-        is_orphan = self.generation != generation or (self.source is not None and self.source.has_died(generation))
-        return is_orphan or self.slot.has_died()
-
-
-class _Shelf:
-    """Slots of one kind: those that wait, those that are being built, and how many there are to be."""
-
-    def __init__(self, key: _Key) -> None:
-        self.key = key
-        self.idle: list[_Made] = []
-        self.building: list[_Made] = []
-        self.target = 0
-        self.lowest = 0  # of slots that waited, since somebody last looked
-        self.last_taken = time.monotonic()
-        self.takes = 0
-        self.retry_at = 0.0
-        self.failures = 0
-        self._cap = (0, 0.0)  # of the target, and until when
-
-    def aim(self, target: int) -> None:
-        """Have so many slots of it, but no more than it is capped at."""
-        most, until = self._cap
-        self.target = min(target, most) if time.monotonic() < until else target
-
-    def cap(self, most: int) -> None:
-        """Have no more than so many slots of it for a while."""
-        self._cap = most, time.monotonic() + _CAPPED_SECONDS
-        self.aim(self.target)
-
-    def failed(self) -> None:
-        """Leave it alone for a while: the caller of an exec is told why it cannot be, and not the keeper."""
-        self.failures += 1
-        self.retry_at = time.monotonic() + min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2**self.failures)
-
-
 class Pool:
     """Slots ahead (engine.Slots). launcher makes those that no zygote makes.
 
@@ -125,9 +70,9 @@ class Pool:
         self._sizes = sizes
         self._processors = Processors()
         self._lock = threading.Lock()
-        self._shelves: dict[_Key, _Shelf] = {}
+        self._shelves: dict[Key, Shelf] = {}
         self._sources = Sources(launcher, sizes.zygotes)
-        self._dropped: list[_Made] = []
+        self._dropped: list[Made] = []
         self._hits = self._misses = self._interpreters = self._memory = 0
         self._weigh_at = 0.0
         self._keeper: threading.Thread | None = None
@@ -174,9 +119,9 @@ class Pool:
 
     # --- taking -----------------------------------------------------------------------------------------------------
 
-    def _take(self, wanted: Wanted) -> _Made | None:
+    def _take(self, wanted: Wanted) -> Made | None:
         """Take a slot that waits; note that it was wanted, whether there is one or not."""
-        key = _key(wanted)
+        key = Key.of(wanted)
         with self._lock:
             shelf = self._shelves.get(key) or self._new_shelf(key)
             shelf.takes += 1
@@ -202,7 +147,7 @@ class Pool:
                 self._nudge()
         return made
 
-    def _give_back(self, made: _Made) -> None:
+    def _give_back(self, made: Made) -> None:
         """End a slot that was taken. Whoever took it need not wait until the kernel is done with one that has ended."""
         self._processors.end(made.processors)
         with self._lock:
@@ -212,16 +157,16 @@ class Pool:
                 return
         self._end(made)
 
-    def _new_shelf(self, key: _Key) -> _Shelf:
+    def _new_shelf(self, key: Key) -> Shelf:
         """Begin a shelf. Of those that hold nothing only so many are remembered: whoever asks may ask for any size."""
         if len(self._shelves) >= _MOST_SHELVES:
             empty = [shelf for shelf in self._shelves.values() if not (shelf.target or shelf.idle or shelf.building)]
             for shelf in sorted(empty, key=lambda shelf: shelf.last_taken)[: _MOST_SHELVES // 2]:
                 del self._shelves[shelf.key]
-        shelf = self._shelves[key] = _Shelf(key)
+        shelf = self._shelves[key] = Shelf(key)
         return shelf
 
-    def _make(self, wanted: Wanted) -> _Made:
+    def _make(self, wanted: Wanted) -> Made:
         """Have a slot built now, which the caller's order need not wait for."""
         made = None
         if wanted.zygote is not None:
@@ -231,7 +176,7 @@ class Pool:
         self._processors.begin(made.processors)
         return made
 
-    def _launched(self, wanted: Wanted, zygote: Zygote | None, *, ahead: bool = False) -> _Made:
+    def _launched(self, wanted: Wanted, zygote: Zygote | None, *, ahead: bool = False) -> Made:
         """Have a slot built by the zygote if that is ready, else by the launcher. ahead: nobody waits for it."""
         processors = self._processors.take(wanted.cpus, ahead=ahead)
         # A job that its building got in the way of would wait for some milliseconds.
@@ -247,9 +192,9 @@ class Pool:
             if source is not None:
                 self._leave(source)
             raise
-        return _Made(slot, self._launcher.generation(), processors, source)
+        return Made(slot, self._launcher.generation(), processors, source)
 
-    def _end(self, made: _Made) -> None:
+    def _end(self, made: Made) -> None:
         made.slot.close()
         self._processors.give_back(made.processors)
         if made.source is not None:
@@ -328,7 +273,7 @@ class Pool:
         self._let_go(lambda shelf, made: made.source is None and shelf.key.zygote in heard.ready)  # it stood in
         self._let_go(lambda _, made: made.source in heard.retired)
 
-    def _progress(self, shelf: _Shelf, made: _Made) -> None:
+    def _progress(self, shelf: Shelf, made: Made) -> None:
         try:
             message = made.slot.receive()
         except OSError:  # there are no descriptors left to receive its own in
@@ -347,7 +292,7 @@ class Pool:
             else:
                 shelf.idle.append(made)
 
-    def _give_up(self, shelf: _Shelf, made: _Made) -> None:
+    def _give_up(self, shelf: Shelf, made: Made) -> None:
         with self._lock:
             shelf.building.remove(made)
             shelf.failed()
@@ -365,7 +310,7 @@ class Pool:
                 if not self._build(shelf):
                     break
 
-    def _is_short(self, shelf: _Shelf) -> bool:
+    def _is_short(self, shelf: Shelf) -> bool:
         if time.monotonic() < shelf.retry_at or self._is_closed:
             return False
         with self._lock:
@@ -375,7 +320,7 @@ class Pool:
                 return self._make_room(shelf)
             return is_short
 
-    def _make_room(self, shelf: _Shelf) -> bool:
+    def _make_room(self, shelf: Shelf) -> bool:
         """End a slot of the kind that was wanted longest ago, if that is another kind."""
         others = [other for other in self._shelves.values() if other.idle and other.last_taken < shelf.last_taken]
         if not others:
@@ -385,7 +330,7 @@ class Pool:
         self._drop(oldest.idle.pop(0))
         return True
 
-    def _build(self, shelf: _Shelf) -> bool:
+    def _build(self, shelf: Shelf) -> bool:
         """Have one slot built. False where it cannot be at the moment."""
         try:
             made = self._launched(shelf.key.wanted, shelf.key.zygote, ahead=True)
@@ -419,7 +364,7 @@ class Pool:
         retired = self._sources.review(zygotes, self._sizes.zygote_age)
         self._let_go(lambda _, made: made.source in retired)
 
-    def _let_go(self, is_meant: Callable[[_Shelf, _Made], bool]) -> None:
+    def _let_go(self, is_meant: Callable[[Shelf, Made], bool]) -> None:
         """Let go of the slots that wait and are meant."""
         with self._lock:
             for shelf in self._shelves.values():
@@ -440,7 +385,7 @@ class Pool:
                 if excess > 0 and shelf.target:
                     excess -= self._lighten(shelf, excess, slots.get(shelf, 0), zygotes)
 
-    def _weigh_one(self, shelf: _Shelf) -> int:
+    def _weigh_one(self, shelf: Shelf) -> int:
         """Return what a slot of the shelf takes, in bytes; 0 where none waits."""
         try:
             with self._lock:
@@ -454,7 +399,7 @@ class Pool:
         finally:
             os.close(proc)
 
-    def _lighten(self, shelf: _Shelf, excess: int, size: int, zygotes: dict[Zygote, int]) -> int:
+    def _lighten(self, shelf: Shelf, excess: int, size: int, zygotes: dict[Zygote, int]) -> int:
         """Let go of slots of that size; of all, if they are not enough, and then of the zygote, if it is no other's.
 
         Return the bytes that frees. Whoever calls holds the lock.
@@ -471,7 +416,7 @@ class Pool:
         wanted = {other.key.zygote for other in self._shelves.values() if other.target}
         return freed + (zygotes.get(zygote, 0) if zygote is not None and zygote not in wanted else 0)
 
-    def _drop(self, made: _Made) -> None:
+    def _drop(self, made: Made) -> None:
         """Let go of a slot that nobody has; the keeper ends it. Whoever calls holds the lock, which that would not."""
         self._dropped.append(made)
 
@@ -494,10 +439,6 @@ class Pool:
         self._sources.end()
         for descriptor in wake or ():
             os.close(descriptor)
-
-
-def _key(wanted: Wanted) -> _Key:
-    return _Key(wanted._replace(limits=_IDLE_LIMITS, zygote=None), wanted.zygote)
 
 
 def _limit(group: int, limits: Limits) -> None:
