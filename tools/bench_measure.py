@@ -20,7 +20,7 @@ from bench_ways import SAID, Way
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-PAUSE = 0.01  # seconds
+PAUSE = 0.03  # seconds: a slot takes half of that
 SETTLE = 1.0  # seconds, in which a pool gets ready for what it has seen
 
 Figures = dict[str, float | None]
