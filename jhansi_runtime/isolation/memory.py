@@ -30,10 +30,9 @@ Span = tuple[int, int]  # start and end: addresses, of whole pages
 _SPAN = struct.Struct("QQ")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8  # bytes that /proc/PID/pagemap has for a page, and bits of them: proc_pid_pagemap(5)
-_OWN = 1 << 56  # mapped by one process alone
-_KIND = _OWN | 1 << 61  # of a file
+_MAPPED_BY_ONE, _OF_A_FILE = 1 << 56, 1 << 61
 _LARGEST = 1 << 30  # bytes of a mapping that is looked at
-_SHARE = 2  # of what a zygote has in memory, a job that waits has this part of its own, and no more
+_SHARE = 2  # of what a zygote has in memory, a job copies this part ahead, and no more
 _WITHIN_SECONDS = 10
 _AT_EXIT = signal.SIGTRAP | PTRACE_EVENT_EXIT << 8  # what waitpid(2) says of a tracee that is about to end
 
@@ -41,17 +40,21 @@ _AT_EXIT = signal.SIGTRAP | PTRACE_EVENT_EXIT << 8  # what waitpid(2) says of a 
 def rehearse() -> tuple[Span, ...] | None:
     """Fork. In the fork return None: it is to do what a job does, up to its end. Here return what it wrote to.
 
-    That is empty where it cannot be told.
+    That is empty where it cannot be told. OSError: there can be no fork.
     """
     told, telling = os.pipe2(os.O_CLOEXEC)
     # In between stands a third process, which looks: what this one wrote meanwhile would seem to be the other's.
     observer = os.fork()
     if observer == 0:
-        _observe(telling)
+        try:
+            _observe(telling)
+        except OSError:  # before there was a rehearsal; whoever waits is told nothing
+            os._exit(1)
         return None
     os.close(telling)
     with open(told, "rb") as file:
-        written = tuple(_SPAN.iter_unpack(file.read()))
+        content = file.read()
+    written = tuple(_SPAN.iter_unpack(content[: len(content) // _SPAN.size * _SPAN.size]))  # it may have been killed
     with suppress(ChildProcessError):  # both: what an observer leaves behind is its parent's, PID 1's
         while True:
             os.wait()
@@ -113,7 +116,7 @@ def _own_pages(pid: int, spans: Iterable[Span]) -> Iterator[Span]:
             yield from _together(
                 start + number * _PAGE
                 for number, entry in enumerate(memoryview(entries).cast("Q"))
-                if entry & _KIND == _OWN
+                if entry & (_MAPPED_BY_ONE | _OF_A_FILE) == _MAPPED_BY_ONE
             )
     os.close(pagemap)
 

@@ -44,12 +44,12 @@ def main(modules: frozenset[str], importers: frozenset[str]) -> None:
     channel = Channel(_socket.socket(fileno=CONNECTION))
     try:
         site, interpreter, skipped = _prepared(modules, importers)
+        kept = frozenset(sys.modules), frozenset(sys.path_importer_cache)  # with what was preloaded
+        written = memory.rehearse()
     except OSError as error:
         channel.send(messages.FAILED, messages.encode_failure(Failure("zygote", error.errno or 0, str(error))))
         os._exit(1)
     branch = Branch("", BRANCH) if _is_open(BRANCH) else None
-    kept = frozenset(sys.modules), frozenset(sys.path_importer_cache)  # with what was preloaded
-    written = memory.rehearse()
     if written is None:
         words = [*sys.orig_argv]
         words[interpreter.position] = os.devnull

@@ -80,6 +80,21 @@ def test_a_rehearsal_that_does_not_come_to_its_end_leaves_nothing_behind(fork):
     assert (left, kept) == (False, 1)
 
 
+# Of an observer that was killed there is no more than a part of what it had to tell.
+@pytest.mark.parametrize("told", ['b""', 'b"x" * 7', "memory._SPAN.pack(0, 0)[:9]"])
+def test_an_observer_that_is_killed_tells_nothing(told):
+    before = "import os; from jhansi_runtime.isolation import memory\n"
+    before += f"memory._observe = lambda telling: (os.write(telling, {told}), os.kill(os.getpid(), 9))\n"
+
+    assert rehearsed(before=before) == [[], False, 1]
+
+
+def test_an_observer_that_can_fork_nobody_tells_nothing():
+    before = "from jhansi_runtime.isolation import memory\ndef none(): raise OSError\nmemory.writable = none\n"
+
+    assert rehearsed(before=before) == [[], False, 1]
+
+
 @pytest.mark.parametrize("call", ["ptrace", "madvise"])
 def test_where_the_kernel_refuses_nothing_is_copied_ahead(call):
     assert rehearsed(before=REFUSE.format(call=call)) == [[], False, 1]
